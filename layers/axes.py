@@ -1,0 +1,84 @@
+"""The vocabulary of logical axes, and the only two functions that use it: `param` and `constrain`.
+
+A parameter says what each of its dimensions *means*. Sharding rules, Muon's matrix view, weight-decay masks and the
+parameter table all read that one tuple; names of parameters are never parsed.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+PARAMETER_AXES = {
+    "vocab": "token ids",
+    "embed": "model width (D)",
+    "embed_out": "model width as the output side of a square projection, so that no array names one axis twice",
+    "heads": "query heads (H)",
+    "kv_heads": "key and value heads (G)",
+    "head_dim": "width of a head (K)",
+    "mlp": "feed-forward width (F)",
+    "experts": "experts (E)",
+    "state": "recurrent state width (N)",
+    "taps": "convolution taps",
+    "norm": "a gain or an offset of a normalisation",
+    "layers": "stacked layers (L), added by Stack",
+}
+ACTIVATION_AXES = {
+    "batch": "examples (B)",
+    "length": "positions (T)",
+    "act_embed": "model width of an activation (D)",
+    "act_heads": "heads of an activation (H or G)",
+    "act_mlp": "feed-forward width of an activation (F)",
+    "act_vocab": "logits (V)",
+    "cache_length": "positions of a decoding cache (S)",
+}
+
+Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+Placement = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sharding | None]
+
+
+class Buffer(nnx.Variable):
+    """Non-trained state of a module (a router bias, a running statistic): saved, never touched by the gradient."""
+
+
+def normal(stddev: float = 0.02) -> Init:
+    """Gaussian initialiser with a fixed standard deviation."""
+    return jax.nn.initializers.normal(stddev)
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Init = normal()) -> nnx.Param:
+    """A float32 parameter that carries its logical axes as metadata `axes`.
+
+    Raises ValueError where the axes do not name every dimension, or name one that the vocabulary does not know.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"a parameter of shape {shape} needs {len(shape)} logical axes, got {axes}")
+    unknown = [axis for axis in axes if axis not in PARAMETER_AXES]
+    if unknown:
+        raise ValueError(f"unknown logical axis {unknown[0]!r}: add it to layers/axes.py or use one of {sorted(PARAMETER_AXES)}")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+_placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
+
+
+@contextlib.contextmanager
+def place_with(placement: Placement | None) -> Iterator[None]:
+    """Inside this context `constrain` asks `placement(axes, shape)` for the sharding of an activation."""
+    token = _placement.set(placement)
+    try:
+        yield
+    finally:
+        _placement.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """States what the dimensions of an activation mean; under a mesh this fixes its sharding, without one it is x."""
+    placement = _placement.get()
+    if placement is None:
+        return x
+    sharding = placement(axes, x.shape)
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
