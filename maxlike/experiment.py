@@ -1,0 +1,102 @@
+"""Experiment: the noun every job takes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import nnx
+
+from layers.axes import Buffer
+from maxlike.checkpoint import Checkpoints
+from maxlike.data.data import Data
+from maxlike.errors import UserError
+from maxlike.hooks import Hook
+from maxlike.schedules import Clock
+from maxlike.sharding import Mesh
+from maxlike.step import Step
+
+if TYPE_CHECKING:
+    from maxlike.config import Configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractModel:
+    """A model without its numbers: what jit, the sharding and the checkpoint need.
+
+    graph: the static part. params, buffers: nested pure dicts of shapes. axes: the logical axes of each parameter.
+    """
+
+    graph: Any
+    params: dict
+    buffers: dict
+    axes: dict
+
+
+@dataclasses.dataclass(kw_only=True)
+class Experiment:
+    """Everything that determines a training run, as objects.
+
+    model: factory, called as `model(rngs=...)` -> a network (`layers.language_model.LanguageModel`).
+    objective: `(model, batch, key) -> (loss, metrics)`, see `maxlike.objectives`.
+    optimizer: `(axes, clock) -> optax.GradientTransformation`, see `maxlike.optimizers`.
+    data: documents, tokenizer and packing, see `maxlike.data`.
+    mesh: device mesh and sharding rules.
+    steps: number of updates. batch_size: rows a step, over all devices. sequence_length: tokens a row (T).
+    seed: of the initial parameters, the data order and all noise.
+    step: precision, micro-batches, clipping, averaging and what to do with a bad step.
+    checkpoints: when to save and what to keep. hooks: called after every step.
+
+    Raises UserError for counts below 1, or a batch that the micro-batches do not divide.
+    """
+
+    model: Callable
+    objective: Callable
+    optimizer: Callable
+    data: Data
+    mesh: Mesh
+    steps: int
+    batch_size: int
+    sequence_length: int
+    seed: int = 0
+    step: Step = dataclasses.field(default_factory=Step)
+    checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
+    hooks: tuple[Hook, ...] = ()
+    config: "Configuration | None" = None
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"Experiment.{name}={getattr(self, name)}: it must be at least 1")
+        if self.batch_size % self.step.micro_batches:
+            raise UserError(
+                f"Experiment.batch_size={self.batch_size} is not a multiple of "
+                f"Step.micro_batches={self.step.micro_batches}: change one of the two"
+            )
+        self._abstract: AbstractModel | None = None
+
+    @property
+    def clock(self) -> Clock:
+        """What schedules convert durations with."""
+        return Clock(steps=self.steps, tokens_per_step=self.batch_size * self.sequence_length)
+
+    def build(self, key: jax.Array) -> tuple[Any, Any, Any]:
+        """(graph, params, buffers) of a freshly initialised model, the latter two as flax states."""
+        return nnx.split(self.model(rngs=nnx.Rngs(params=key)), nnx.Param, Buffer)
+
+    def abstract_model(self) -> AbstractModel:
+        """Shapes and logical axes, without computing a number; traced once."""
+        if self._abstract is None:
+            graph, params, buffers = jax.eval_shape(self.build, jax.random.key(0))
+            self._abstract = AbstractModel(
+                graph=graph,
+                params=nnx.to_pure_dict(params),
+                buffers=nnx.to_pure_dict(buffers),
+                axes=nnx.to_pure_dict(params, extract_fn=lambda variable: variable.get_metadata("axes")),
+            )
+        return self._abstract
+
+    def bare(self) -> Any:
+        """The network's structure with shapes in place of numbers: for its methods that need none."""
+        abstract = self.abstract_model()
+        return nnx.merge(abstract.graph, abstract.params, abstract.buffers)

@@ -1,0 +1,115 @@
+"""The compiled functions of an experiment on a mesh: initialise, step, evaluate."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layers import axes
+from maxlike.experiment import AbstractModel, Experiment
+from maxlike.metrics import Mean
+from maxlike.sharding import Layout, state_shardings
+
+BATCH_FIELDS = {
+    "inputs": np.int32,
+    "targets": np.int32,
+    "segment_ids": np.int32,
+    "positions": np.int32,
+    "loss_weights": np.float32,
+    "target_bytes": np.int32,
+}
+
+
+@dataclasses.dataclass
+class Program:
+    """An experiment on a layout. Everything is traced under the layout's rules and compiled at most once."""
+
+    experiment: Experiment
+    layout: Layout
+    model: AbstractModel
+    state: Any  # abstract train state, each leaf with its sharding
+
+    @classmethod
+    def of(cls, experiment: Experiment, layout: Layout) -> "Program":
+        """Derives the abstract state and one sharding tree for it. Raises UserError where a rule does not fit."""
+        program = cls(experiment, layout, experiment.abstract_model(), None)
+        state = jax.eval_shape(program._make_state, jnp.zeros((), jnp.uint32))
+        placed = state_shardings(state, program.model.params, program.model.axes, layout)
+        program.state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, placed
+        )
+        return program
+
+    @functools.cached_property
+    def optimizer(self):
+        return self.experiment.optimizer(self.model.axes, self.experiment.clock)
+
+    @property
+    def shardings(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+    def init(self) -> dict:
+        """The state of step 0, each leaf made where it lies: without out_shardings the moments land on one device."""
+        make = jax.jit(self._make_state, out_shardings=self.shardings)
+        return make(jnp.asarray(self.experiment.seed, jnp.uint32))
+
+    def compile_step(self) -> jax.stages.Compiled:
+        """`(state, batch, allow) -> (state, metrics)`, compiled ahead of time; the state is donated."""
+        experiment = self.experiment
+
+        def step(state: dict, batch: dict, allow: jax.Array) -> tuple[dict, dict]:
+            with axes.place_with(self.layout.activation):
+                return experiment.step.update(
+                    state,
+                    batch,
+                    allow,
+                    graph=self.model.graph,
+                    objective=experiment.objective,
+                    optimizer=self.optimizer,
+                )
+
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, self.layout.replicated))
+        allow = jax.ShapeDtypeStruct((), jnp.bool_, sharding=self.layout.replicated)
+        return jitted.lower(self.state, self.abstract_batch(experiment.batch_size), allow).compile()
+
+    def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a batch."""
+        shape = (batch_size, self.experiment.sequence_length)
+        sharding = self.layout.batch(shape)
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_FIELDS.items()}
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows of a batch onto its devices."""
+        rows = {name: batch[name] for name in BATCH_FIELDS}
+        shape = (next(iter(rows.values())).shape[0] * jax.process_count(), self.experiment.sequence_length)
+        sharding = self.layout.batch(shape)
+        return {name: jax.make_array_from_process_local_data(sharding, x, shape) for name, x in rows.items()}
+
+    def evaluate(self, state: dict, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, float]:
+        """Metrics over all batches: the averaged parameters where the state has them, no noise."""
+        params = state["ema"] if "ema" in state else state["params"]
+        sums: dict[str, Mean] | None = None
+        for batch in batches:
+            means = self._evaluate(params, state["buffers"], self.put(batch))
+            sums = means if sums is None else jax.tree.map(jnp.add, sums, means)
+        return {name: float(mean.value()) for name, mean in jax.device_get(sums).items()}
+
+    @functools.cached_property
+    def _evaluate(self):
+        step, objective = self.experiment.step, self.experiment.objective
+
+        def evaluate(params: dict, buffers: dict, batch: dict) -> dict[str, Mean]:
+            with axes.place_with(self.layout.activation):
+                return step.loss(params, buffers, batch, None, self.model.graph, objective)[1]
+
+        return jax.jit(evaluate, out_shardings=self.layout.replicated)
+
+    def _make_state(self, seed: jax.Array) -> dict:
+        _, params, buffers = self.experiment.build(jax.random.key(seed))
+        params, buffers = nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
+        return self.experiment.step.init(params, buffers, self.optimizer, seed)

@@ -1,0 +1,197 @@
+"""The device mesh and the rules that map logical axes to it. Rules live in `experiments/mesh/*.gin` and nowhere else.
+
+`Mesh` is what an experiment binds; `Mesh.open()` gives a `Layout`: a real `jax.sharding.Mesh` with one function,
+`spec`, that turns the logical axes of an array into a PartitionSpec and refuses whatever it does not know. Nothing is
+replicated because a dimension happened not to divide.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from layers.axes import ACTIVATION_AXES, PARAMETER_AXES
+from maxlike.catalog import nearest
+from maxlike.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
+# An optimizer's leaf above this size that mirrors no parameter is refused rather than replicated.
+REPLICATE_UP_TO = 1 << 16
+
+Rule = str | tuple[str, ...] | None
+
+
+class Mesh:
+    """Names and sizes of the mesh axes, and which logical axis lies on which of them.
+
+    shape: mesh axis -> size, from `data fsdp tensor context expert stage`; one size may be -1: all remaining devices.
+        Axes left out, and axes of size 1, vanish.
+    rules: logical axis -> mesh axis, a tuple of them, or None for replicated. Every logical axis that an array uses
+        must have a rule.
+
+    Raises UserError for an unknown mesh axis or logical axis, a size below 1, or two sizes of -1.
+    """
+
+    def __init__(self, *, shape: dict[str, int], rules: dict[str, str | tuple[str, ...] | None]):
+        for axis, size in shape.items():
+            if axis not in MESH_AXES:
+                raise UserError(
+                    f"Mesh.shape names {axis!r}{nearest(axis, MESH_AXES)}; mesh axes are {', '.join(MESH_AXES)}"
+                )
+            if size < 1 and size != -1:
+                raise UserError(
+                    f"Mesh.shape[{axis!r}]={size}: give a size of at least 1, or -1 for all remaining devices"
+                )
+        if list(shape.values()).count(-1) > 1:
+            raise UserError(f"Mesh.shape={shape} leaves two sizes open: only one may be -1")
+        known = PARAMETER_AXES | ACTIVATION_AXES
+        for logical, targets in rules.items():
+            if logical not in known:
+                raise UserError(
+                    f"Mesh.rules names the logical axis {logical!r}{nearest(logical, known)}; see layers/axes.py"
+                )
+            for target in _tuple(targets):
+                if target not in MESH_AXES:
+                    raise UserError(
+                        f"Mesh.rules[{logical!r}] names the mesh axis {target!r}{nearest(target, MESH_AXES)}"
+                    )
+        self.shape = dict(shape)
+        self.rules = dict(rules)
+
+    def open(self, devices: Sequence[jax.Device] | None = None) -> "Layout":
+        """The mesh on real devices. Raises UserError where there are too few, or a cluster would have idle ones."""
+        devices = list(jax.devices() if devices is None else devices)
+        fixed = math.prod(size for size in self.shape.values() if size != -1)
+        sizes = {axis: max(len(devices) // fixed, 1) if size == -1 else size for axis, size in self.shape.items()}
+        needed = math.prod(sizes.values())
+        if needed > len(devices):
+            raise UserError(
+                f"Mesh.shape={self.shape} needs {needed} devices and there are {len(devices)}: "
+                "lower a size, use -1, or try `--overlay mesh/single`"
+            )
+        if needed < len(devices) and (jax.process_count() > 1 or -1 in self.shape.values()):
+            raise UserError(
+                f"Mesh.shape={self.shape} covers {needed} of {len(devices)} devices: "
+                f"its sizes must multiply to {len(devices)}"
+            )
+        sizes = {axis: size for axis, size in sizes.items() if size > 1} or {"data": 1}
+        mesh = jax.make_mesh(
+            tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:needed]
+        )
+        return Layout(mesh, self.rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh on devices with its rules."""
+
+    mesh: jax.sharding.Mesh
+    rules: dict[str, Rule]
+
+    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> PartitionSpec:
+        """PartitionSpec of an array. `name` is the parameter or activation, for the message.
+
+        Raises UserError for a logical axis without a rule, a mesh axis used twice, or a dimension that does not divide.
+        """
+        if len(axes) != len(shape):
+            raise UserError(
+                f"{name} of shape {shape} carries {len(axes)} logical axes {axes}: one a dimension is needed"
+            )
+        entries: list[tuple[str, ...] | str | None] = []
+        taken: dict[str, str] = {}
+        for logical, size in zip(axes, shape):
+            if logical is None:
+                entries.append(None)
+                continue
+            if logical not in self.rules:
+                raise UserError(
+                    f"no rule says where the logical axis {logical!r} of {name} lies"
+                    f"{nearest(logical, self.rules)}; add it to Mesh.rules (None replicates)"
+                )
+            targets = tuple(t for t in _tuple(self.rules[logical]) if t in self.mesh.shape and self.mesh.shape[t] > 1)
+            for target in targets:
+                if target in taken:
+                    raise UserError(
+                        f"{name}: the logical axes {taken[target]!r} and {logical!r} both lie on the mesh axis "
+                        f"{target!r}; change one of the two in Mesh.rules"
+                    )
+                taken[target] = logical
+            parts = math.prod(self.mesh.shape[t] for t in targets)
+            if size % parts:
+                raise UserError(
+                    f"{name}: its dimension {logical!r} of size {size} does not divide over "
+                    f"{' x '.join(f'{t}={self.mesh.shape[t]}' for t in targets)}; change that size or Mesh.shape"
+                )
+            entries.append(targets if len(targets) > 1 else targets[0] if targets else None)
+        return PartitionSpec(*entries)
+
+    def sharding(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> NamedSharding:
+        """`spec` on this mesh."""
+        return NamedSharding(self.mesh, self.spec(axes, shape, name))
+
+    def activation(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+        """What `layers.axes.constrain` asks for."""
+        return self.sharding(axes, shape, f"an activation {axes}")
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def batch(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Sharding of a batch of examples [B, T, ...]."""
+        return self.sharding(
+            ("batch", "length")[: len(shape)] + (None,) * (len(shape) - 2), shape, "the batch (Experiment.batch_size)"
+        )
+
+    @property
+    def batch_parts(self) -> int:
+        """Over how many devices the examples of a batch are spread."""
+        return math.prod(self.mesh.shape.get(target, 1) for target in _tuple(self.rules.get("batch")))
+
+    def describe(self) -> str:
+        """`fsdp=4 x tensor=2 (8 devices)`."""
+        shape = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        return f"{shape} ({self.mesh.size} {'device' if self.mesh.size == 1 else 'devices'})"
+
+
+def path_names(path: tuple) -> tuple[str, ...]:
+    """A jax key path as names: dictionary keys, attributes and indices alike."""
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def flat_axes(axes: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """The tree of logical axes as parameter path -> axes."""
+    flat = jax.tree_util.tree_flatten_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))[0]
+    return {path_names(path): leaf for path, leaf in flat}
+
+
+def state_shardings(state: Any, params: Any, axes: Any, layout: Layout) -> Any:
+    """One sharding tree for a whole train state.
+
+    A leaf whose path ends in a parameter's path and has its shape lies where the parameter lies: parameters, gradients,
+    moments, averages. A scalar is replicated, and so is a small leaf that mirrors nothing (Adafactor's factored
+    moments). Anything else is refused: a moment must not be replicated by accident.
+    """
+    by_path = flat_axes(axes)
+    shapes = {path_names(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        names = path_names(path)
+        owner = next((names[i:] for i in range(len(names)) if names[i:] in by_path), None)
+        if owner is not None and leaf.shape == shapes[owner]:
+            return layout.sharding(by_path[owner], leaf.shape, "/".join(owner))
+        if math.prod(leaf.shape) <= REPLICATE_UP_TO or owner is not None:
+            return layout.replicated
+        raise UserError(
+            f"the state leaf {'/'.join(names)} of shape {leaf.shape} mirrors no parameter, so no rule places it; "
+            "an optimizer must keep its large state in trees shaped like the parameters"
+        )
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _tuple(rule: Rule) -> tuple[str, ...]:
+    return () if rule is None else (rule,) if isinstance(rule, str) else tuple(rule)
