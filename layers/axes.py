@@ -23,6 +23,7 @@ PARAMETER_AXES = {
     "experts": "experts (E)",
     "state": "recurrent state width (N)",
     "taps": "convolution taps",
+    "positions": "learned absolute positions",
     "norm": "a gain or an offset of a normalisation",
     "layers": "stacked layers (L), added by Stack",
 }
@@ -49,7 +50,7 @@ def normal(stddev: float = 0.02) -> Init:
     return jax.nn.initializers.normal(stddev)
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Init = normal()) -> nnx.Param:
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Init) -> nnx.Param:
     """A float32 parameter that carries its logical axes as metadata `axes`.
 
     Raises ValueError where the axes do not name every dimension, or name one that the vocabulary does not know.
@@ -58,7 +59,9 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: I
         raise ValueError(f"a parameter of shape {shape} needs {len(shape)} logical axes, got {axes}")
     unknown = [axis for axis in axes if axis not in PARAMETER_AXES]
     if unknown:
-        raise ValueError(f"unknown logical axis {unknown[0]!r}: add it to layers/axes.py or use one of {sorted(PARAMETER_AXES)}")
+        raise ValueError(
+            f"unknown logical axis {unknown[0]!r}: add it to layers/axes.py or use one of {sorted(PARAMETER_AXES)}"
+        )
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 

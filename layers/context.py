@@ -18,7 +18,7 @@ class Context:
 
     positions_BT: position of each token inside its own document (or, while decoding, inside its row): rotary angles.
     segments_BT: which packed document a token belongs to, from 1; 0 is padding. Tokens of different segments never
-        see each other, in any mixer.
+        see each other, in any mixer. None where each row is one document, which spares attention a mask.
     lengths_B: while decoding, how many of the T tokens of each row are real; the rest are padding on the right.
         None in training and whenever all are.
     modality_BT: modality id of each token, or None for a model of one modality.
@@ -28,7 +28,7 @@ class Context:
     """
 
     positions_BT: jax.Array
-    segments_BT: jax.Array
+    segments_BT: jax.Array | None
     lengths_B: jax.Array | None = None
     modality_BT: jax.Array | None = None
     layer: jax.Array | None = None
@@ -37,9 +37,9 @@ class Context:
 
     @classmethod
     def of(cls, tokens_BT: jax.Array, **fields) -> "Context":
-        """The context of unpacked rows: positions 0..T-1, one segment a row."""
+        """The context of unpacked rows: positions 0..T-1, one document a row."""
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-        return cls(**({"positions_BT": positions_BT, "segments_BT": jnp.ones(tokens_BT.shape, jnp.int32)} | fields))
+        return cls(**({"positions_BT": positions_BT, "segments_BT": None} | fields))
 
     def replace(self, **changes) -> "Context":
         return dataclasses.replace(self, **changes)

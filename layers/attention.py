@@ -1,0 +1,158 @@
+"""Softmax attention: multi-head, multi-query and grouped-query, over the whole row or a sliding window."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers import axes, kernels
+from layers.context import Context
+from layers.linear import Linear
+
+
+class Attention(nnx.Module):
+    """Dot-product attention of a row on itself (Vaswani et al. 2017; grouped-query: Ainslie et al. 2023, arXiv
+    2305.13245).
+
+    x and y: [B, T, D]. aux is empty. Tokens see only their own segment.
+
+    Knobs:
+        heads H >= 1; kv_heads G, a divisor of H: None for H (multi-head), 1 for multi-query; head_dim K, None for D /
+        H.
+        rope: factory of a rotary embedding such as RoPE, or None. qk_norm: factory of a norm over head_dim of queries
+        and keys before rotation, such as RMSNorm (arXiv 2302.05442), or None.
+        qkv_bias, out_bias: learned offsets on the projections.
+        causal: whether a token sees only itself and the past. window >= 1: it sees only keys fewer than `window`
+        positions away (itself included), None for all.
+        scale > 0 of the scores, None for 1 / sqrt(K). soft_cap > 0: scores become soft_cap * tanh(score / soft_cap)
+        (arXiv 2408.00118). sinks: a learned logit a head joins the softmax with no value (arXiv 2508.10925).
+    Decoding: keys are cached after qk_norm and rotation. A full cache holds [B, S, G, K]; with a window it is a ring of
+        `window` slots with the position that each one holds, -1 where empty. Padding is never written.
+    Refuses heads that kv_heads does not divide, a head_dim that does not follow from D, and a cache without causality.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope: Callable | None = None,
+        qk_norm: Callable | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        causal: bool = True,
+        window: int | None = None,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        sinks: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        H, G = heads, heads if kv_heads is None else kv_heads
+        if H < 1 or G < 1 or H % G:
+            raise ValueError(
+                f"Attention.kv_heads={kv_heads} does not divide heads={heads}: use a divisor, or None for heads"
+            )
+        if head_dim is None and dim % H:
+            raise ValueError(f"Attention.heads={heads} does not divide the width {dim}: change it, or set head_dim")
+        if window is not None and window < 1:
+            raise ValueError(f"Attention.window={window} must be at least 1 token, or None for the whole row")
+        for name, value in (("scale", scale), ("soft_cap", soft_cap)):
+            if value is not None and value <= 0:
+                raise ValueError(f"Attention.{name}={value} must be positive, or None")
+        K = dim // H if head_dim is None else head_dim
+        self.causal, self.window, self.soft_cap = causal, window, soft_cap
+        self.scale = K**-0.5 if scale is None else scale
+        self.kv_heads, self.head_dim = G, K
+        kv = {"bias": qkv_bias, "rngs": rngs}
+        self.query = Linear((dim,), (H, K), ("embed",), ("heads", "head_dim"), bias=qkv_bias, rngs=rngs)
+        self.key = Linear((dim,), (G, K), ("embed",), ("kv_heads", "head_dim"), **kv)
+        self.value = Linear((dim,), (G, K), ("embed",), ("kv_heads", "head_dim"), **kv)
+        self.out = Linear((H, K), (dim,), ("heads", "head_dim"), ("embed",), bias=out_bias, rngs=rngs)
+        self.rope = None if rope is None else rope(K)
+        self.query_norm = None if qk_norm is None else qk_norm(K, rngs=rngs)
+        self.key_norm = None if qk_norm is None else qk_norm(K, rngs=rngs)
+        self.sinks = axes.param(rngs, (H,), ("heads",), axes.normal(0.02)) if sinks else None
+
+    def _project(self, x_BTD, positions_BT):
+        """Queries, keys and values, normed and rotated."""
+        q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if self.query_norm is not None:
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+        if self.rope is not None:
+            q_BTHK, k_BTGK = self.rope(q_BTHK, positions_BT), self.rope(k_BTGK, positions_BT)
+        return tuple(axes.constrain(z, "batch", "length", "act_heads", None) for z in (q_BTHK, k_BTGK, v_BTGK))
+
+    def _sinks(self):
+        return None if self.sinks is None else self.sinks[...]
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, ctx.positions_BT)
+        y_BTHK = kernels.attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            scale=self.scale,
+            causal=self.causal,
+            window=self.window,
+            soft_cap=self.soft_cap,
+            segments_BT=ctx.segments_BT,
+            sinks_H=self._sinks(),
+        )
+        return self.out(y_BTHK), {}
+
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, Any]:
+        """An empty cache for rows of at most `length` tokens."""
+        if not self.causal:
+            raise ValueError("Attention.causal=False has no cache: only causal attention decodes token by token")
+        slots = length if self.window is None else min(self.window, length)
+        shape = (batch, slots, self.kv_heads, self.head_dim)
+        cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+        return cache if self.window is None else cache | {"position": jnp.full((batch, slots), -1, jnp.int32)}
+
+    def extend(self, x_BTD: jax.Array, cache: dict[str, Any], ctx: Context) -> tuple[jax.Array, dict[str, Any]]:
+        """Appends T tokens a row, of which the first ctx.lengths_B are real, at ctx.positions_BT."""
+        q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, ctx.positions_BT)
+        T, slots = x_BTD.shape[1], cache["k"].shape[1]
+        new = {"k": k_BTGK.astype(cache["k"].dtype), "v": v_BTGK.astype(cache["v"].dtype)}
+        lengths_B1 = jnp.full((x_BTD.shape[0], 1), T) if ctx.lengths_B is None else ctx.lengths_B[:, None]
+        index_1T = jnp.arange(T)[None]
+        real_BT = index_1T < lengths_B1
+        if self.window is None:
+            cache = _write(cache, new, jnp.where(real_BT, ctx.positions_BT, slots))
+            seen, k_positions_BS = cache, jnp.arange(slots)[None]
+        else:
+            # Attend before writing: a chunk longer than the ring would overwrite keys that its first tokens still see.
+            new["position"] = jnp.where(real_BT, ctx.positions_BT, -1)
+            seen = {name: jnp.concatenate([cache[name], new[name]], 1) for name in cache}
+            last_BT = real_BT & (index_1T >= lengths_B1 - slots)
+            cache = _write(cache, new, jnp.where(last_BT, ctx.positions_BT % slots, slots))
+            k_positions_BS = seen["position"]
+        visible_BTS = kernels.visibility(ctx.positions_BT, k_positions_BS, causal=True, window=self.window)
+        visible_BTS = visible_BTS & (k_positions_BS >= 0)[:, None, :]
+        y_BTHK = kernels.masked_attention(
+            q_BTHK,
+            seen["k"].astype(q_BTHK.dtype),
+            seen["v"].astype(q_BTHK.dtype),
+            visible_BTS,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            sinks_H=self._sinks(),
+        )
+        return self.out(y_BTHK), cache
+
+    def flops_per_token(self, length: int) -> float:
+        """Projections, and scores and mixing over the mean number of visible keys: half the row if causal."""
+        window = length if self.window is None else min(self.window, length)
+        keys = window - window**2 / (2 * length) if self.causal else min(length, 2 * window - 1)
+        projections = sum(part.flops_per_token() for part in (self.query, self.key, self.value, self.out))
+        return projections + 2 * 2.0 * self.query.outputs * keys
+
+
+def _write(cache: dict[str, Any], new: dict[str, Any], slot_BT: jax.Array) -> dict[str, Any]:
+    """Puts token t of row b into slot_BT[b, t]; a slot past the end writes nothing."""
+    row_B1 = jnp.arange(slot_BT.shape[0])[:, None]
+    return {name: cache[name].at[row_B1, slot_BT].set(new[name], mode="drop") for name in cache}

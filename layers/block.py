@@ -1,0 +1,91 @@
+"""Block: a mixer and a feed-forward, each in a residual branch."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from layers.context import Context
+
+Aux = dict[str, jax.Array]
+
+
+class Block(nnx.Module):
+    """x <- x + mixer(x), then x <- x + ffn(x), with norms where `order` says (s = residual_scale):
+
+        pre        x + s f(norm(x))            Llama, GPT-2
+        post       norm(x + s f(x))            the original transformer
+        sandwich   x + s norm(f(norm(x)))      Gemma 2, GLM-4
+        swin       x + s norm(f(x))            Swin v2 (arXiv 2111.09883), OLMo 2, Chameleon
+
+    x and y: [B, T, D]. aux: the children's, their losses summed under "loss", metrics under "mixer/NAME", "ffn/NAME".
+
+    Knobs: mixer, ffn, norm: factories; ffn None for a block that only mixes; order; residual_scale > 0.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mixer: Callable,
+        ffn: Callable | None,
+        norm: Callable,
+        order: Literal["pre", "post", "sandwich", "swin"] = "pre",
+        residual_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        if order not in ("pre", "post", "sandwich", "swin"):
+            raise ValueError(f"Block.order={order!r} must be 'pre', 'post', 'sandwich' or 'swin'")
+        if residual_scale <= 0:
+            raise ValueError(f"Block.residual_scale={residual_scale} must be positive; 1.0 is the plain residual")
+        self.order, self.residual_scale = order, residual_scale
+        self.mixer = mixer(dim, rngs=rngs)
+        self.mixer_norm = norm(dim, rngs=rngs)
+        self.mixer_out_norm = norm(dim, rngs=rngs) if order == "sandwich" else None
+        self.ffn = None if ffn is None else ffn(dim, rngs=rngs)
+        self.ffn_norm = None if ffn is None else norm(dim, rngs=rngs)
+        self.ffn_out_norm = norm(dim, rngs=rngs) if order == "sandwich" and ffn is not None else None
+
+    def _branch(self, x_BTD, f: Callable, norm: Callable, out_norm: Callable | None) -> tuple[jax.Array, Any]:
+        y_BTD, rest = f(norm(x_BTD) if self.order in ("pre", "sandwich") else x_BTD)
+        y_BTD = checkpoint_name(y_BTD, "branch")  # what the remat policy "branches" keeps
+        if self.order == "sandwich":
+            y_BTD = out_norm(y_BTD)
+        if self.order == "swin":
+            y_BTD = norm(y_BTD)
+        x_BTD = x_BTD + (y_BTD if self.residual_scale == 1.0 else self.residual_scale * y_BTD)
+        return norm(x_BTD) if self.order == "post" else x_BTD, rest
+
+    def _feed_forward(self, x_BTD, ctx: Context) -> tuple[jax.Array, Aux]:
+        if self.ffn is None:
+            return x_BTD, {}
+        return self._branch(x_BTD, lambda h: self.ffn(h, ctx), self.ffn_norm, self.ffn_out_norm)
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+        x_BTD, mixer_aux = self._branch(x_BTD, lambda h: self.mixer(h, ctx), self.mixer_norm, self.mixer_out_norm)
+        x_BTD, ffn_aux = self._feed_forward(x_BTD, ctx)
+        return x_BTD, _join({"mixer": mixer_aux, "ffn": ffn_aux})
+
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
+        return self.mixer.init_cache(batch, length, dtype)
+
+    def extend(self, x_BTD: jax.Array, cache: Any, ctx: Context) -> tuple[jax.Array, Any]:
+        """The same branches while decoding; losses and metrics of the feed-forward are for training alone."""
+        x_BTD, cache = self._branch(
+            x_BTD, lambda h: self.mixer.extend(h, cache, ctx), self.mixer_norm, self.mixer_out_norm
+        )
+        return self._feed_forward(x_BTD, ctx)[0], cache
+
+    def flops_per_token(self, length: int) -> float:
+        ffn = 0.0 if self.ffn is None else self.ffn.flops_per_token(length)
+        return self.mixer.flops_per_token(length) + ffn
+
+
+def _join(children: dict[str, Aux]) -> Aux:
+    """One flat dict: losses summed, metrics under their child's name."""
+    losses = [aux["loss"] for aux in children.values() if "loss" in aux]
+    metrics = {f"{child}/{name}": x for child, aux in children.items() for name, x in aux.items() if name != "loss"}
+    return metrics | ({"loss": sum(losses)} if losses else {})

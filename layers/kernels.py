@@ -1,0 +1,168 @@
+"""One place where an operation picks its implementation, and says which it took and why.
+
+Choices are made while a program is traced. `report()` lists them for the start-up table; a slower implementation than
+the fastest known is always listed with its reason. `choose` overrides a choice, `compile_for` names the platform when
+it is not the one that runs this process (compiling for a TPU on a CPU machine).
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from layers.blocked_attention import MASKED, blocked_attention
+
+IMPLEMENTATIONS = {
+    "attention": ("cudnn", "splash", "blocked", "xla"),
+    "layers": ("scan", "unrolled"),
+}
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+_chosen: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("chosen", default={})  # noqa: B039 never
+mutated _taken: dict[tuple[str, str, str], None] = {}
+
+
+def platform() -> str:
+    """The platform that programs are traced for: "cpu", "gpu" or "tpu"."""
+    return _platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compile_for(name: str) -> Iterator[None]:
+    """Inside this context implementations are picked for platform `name`, whatever runs this process."""
+    if name not in ("cpu", "gpu", "tpu"):
+        raise ValueError(f"platform {name!r} must be 'cpu', 'gpu' or 'tpu'")
+    token = _platform.set(name)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+@contextlib.contextmanager
+def choose(op: str, implementation: str) -> Iterator[None]:
+    """Inside this context `op` takes `implementation`; refuses a pair that is not in IMPLEMENTATIONS."""
+    if implementation not in IMPLEMENTATIONS.get(op, ()):
+        raise ValueError(f"no implementation {implementation!r} of {op!r}; known: {IMPLEMENTATIONS}")
+    token = _chosen.set(_chosen.get() | {op: implementation})
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def report() -> list[tuple[str, str, str]]:
+    """(op, implementation, reason) of every choice since the last `forget`, in order of first use."""
+    return list(_taken)
+
+
+def forget() -> None:
+    """Empties the report, before another model is traced."""
+    _taken.clear()
+
+
+def take(op: str, implementation: str, reason: str) -> str:
+    """Records a choice unless `choose` overrides it, and returns the implementation to use."""
+    if op in _chosen.get():
+        implementation, reason = _chosen.get()[op], "chosen by hand"
+    _taken[(op, implementation, reason)] = None
+    return implementation
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    segments_BT: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of a row on itself: softmax(cap(scale q k^T) where visible, with sinks) v, [B, T, H, K].
+
+    A query sees a key of its own segment, not after it if causal, and fewer than `window` positions away. H must be a
+    multiple of the number of key heads G. Softmax in float32.
+    """
+    implementation = take("attention", *_pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H))
+    if implementation == "cudnn":
+        return _cudnn(q_BTHK, k_BTGK, v_BTGK, segments_BT, scale=scale, causal=causal, window=window)
+    if implementation == "blocked":
+        return blocked_attention(
+            q_BTHK, k_BTGK, v_BTGK, segments_BT, sinks_H, scale=scale, causal=causal, window=window, soft_cap=soft_cap
+        )
+    T = q_BTHK.shape[1]
+    positions_1T = jnp.arange(T)[None]
+    visible_BTS = visibility(positions_1T, positions_1T, causal=causal, window=window)
+    if segments_BT is not None:
+        visible_BTS = visible_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    return masked_attention(q_BTHK, k_BTGK, v_BTGK, visible_BTS, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H)
+
+
+def _pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H) -> tuple[str, str]:
+    if platform() == "cpu":
+        return "blocked", "fastest measured on CPU"
+    if platform() == "gpu":
+        refusals = [
+            (q_BTHK.dtype not in (jnp.bfloat16, jnp.float16), f"cuDNN does not take {q_BTHK.dtype}"),
+            (soft_cap is not None, "cuDNN has no logit soft-cap"),
+            (sinks_H is not None, "cuDNN has no sinks"),
+            (q_BTHK.shape[-1] % 8 != 0 or q_BTHK.shape[-1] > 128, f"cuDNN does not take head_dim {q_BTHK.shape[-1]}"),
+        ]
+        reason = next((why for refused, why in refusals if refused), None)
+        return ("cudnn", "flash attention of cuDNN") if reason is None else ("blocked", reason)
+    return "blocked", f"no kernel for {platform()} yet"
+
+
+def visibility(q_positions_BT, k_positions_BS, *, causal: bool, window: int | None) -> jax.Array:
+    """Mask [B, T, S] of the keys that lie in the past and in the window of each query, by position."""
+    distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
+    visible_BTS = distance_BTS >= 0 if causal else jnp.ones_like(distance_BTS, bool)
+    return visible_BTS if window is None else visible_BTS & (jnp.abs(distance_BTS) < window)
+
+
+def masked_attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    visible_BTS: jax.Array,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks_H: jax.Array | None = None,
+) -> jax.Array:
+    """Attention under any mask, holding all T x S scores: decoding from a cache, where T is small. [B, T, H, K]."""
+    B, T, H, K = q_BTHK.shape
+    G = k_BSGK.shape[2]
+    q_BTGRK = jnp.reshape(q_BTHK * scale, (B, T, G, H // G, K))
+    s = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        s = soft_cap * jnp.tanh(s / soft_cap)
+    s = jnp.where(visible_BTS[:, None, None], s, MASKED)
+    top = jnp.max(s, -1, keepdims=True)
+    sinks = None if sinks_H is None else jnp.reshape(sinks_H.astype(jnp.float32), (1, G, H // G, 1, 1))
+    top = jax.lax.stop_gradient(top if sinks is None else jnp.maximum(top, sinks))
+    e = jnp.exp(s - top)
+    total = jnp.sum(e, -1, keepdims=True) + (0 if sinks is None else jnp.exp(sinks - top))
+    y = jnp.einsum("bgrts,bsgk->btgrk", (e / total).astype(v_BSGK.dtype), v_BSGK)
+    return jnp.reshape(y, (B, T, H, v_BSGK.shape[-1]))
+
+
+def _cudnn(q_BTHK, k_BTGK, v_BTGK, segments_BT, *, scale, causal, window):
+    mask_B1TS = None
+    if segments_BT is not None:
+        mask_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    sides = None if window is None else (window - 1, 0 if causal else window - 1)
+    return jax.nn.dot_product_attention(
+        q_BTHK,
+        k_BTGK,
+        v_BTGK,
+        mask=mask_B1TS,
+        scale=scale,
+        is_causal=causal,
+        local_window_size=sides,
+        implementation="cudnn",
+    )

@@ -1,0 +1,57 @@
+"""Linear: an affine map between groups of named dimensions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers import axes
+
+
+def _zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+class Linear(nnx.Module):
+    """y = x W + b over the last dimensions of x.
+
+    x: [..., *inputs]; y: [..., *outputs]. The weight has shape (*inputs, *outputs) and axes (*input_axes,
+    *output_axes), so a projection to heads is `Linear((D,), (H, K), ("embed",), ("heads", "head_dim"))` and its matrix
+    view is D x HK.
+
+    Knobs: bias, a learned offset of shape `outputs`, from zero; std, standard deviation of the initial weight, None for
+    1 / sqrt(fan in).
+    Refuses std <= 0.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        input_axes: tuple[str, ...],
+        output_axes: tuple[str, ...],
+        *,
+        bias: bool = False,
+        std: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if std is not None and std <= 0:
+            raise ValueError(f"Linear.std={std} must be positive, or None for 1/sqrt(fan in)")
+        self.inputs, self.outputs = math.prod(inputs), math.prod(outputs)
+        self.input_dims = len(inputs)
+        init = axes.normal(self.inputs**-0.5 if std is None else std)
+        self.kernel = axes.param(rngs, (*inputs, *outputs), (*input_axes, *output_axes), init)
+        self.bias = axes.param(rngs, outputs, output_axes, _zeros) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        lead = x.shape[: x.ndim - self.input_dims]
+        # One plain matrix product: a contraction over several dimensions is slower on the CPU backend.
+        y = jnp.reshape(x, (*lead, self.inputs)) @ jnp.reshape(kernel, (self.inputs, self.outputs))
+        y = jnp.reshape(y, (*lead, *kernel.shape[self.input_dims :]))
+        return y if self.bias is None else y + self.bias[...]
+
+    def flops_per_token(self) -> float:
+        """Matrix product of one row: two FLOPs a multiply-add."""
+        return 2.0 * self.inputs * self.outputs

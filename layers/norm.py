@@ -1,0 +1,72 @@
+"""Normalisations over the last dimension; the reduction is in float32 whatever the input."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers import axes
+
+
+def _ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jnp.ones(shape, dtype)
+
+
+def _zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+class RMSNorm(nnx.Module):
+    """y = gain * x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).
+
+    x: [..., dim], any float dtype; y has the same shape and dtype.
+
+    Knobs: gain: "channel", a learned gain for each channel; "scalar", one learned gain for all of them (the
+    single-scale norm of arXiv 2506.19697); "none". eps > 0, inside the root.
+    Refuses eps <= 0.
+    """
+
+    def __init__(
+        self, dim: int, *, gain: Literal["channel", "scalar", "none"] = "channel", eps: float = 1e-6, rngs: nnx.Rngs
+    ):
+        if eps <= 0:
+            raise ValueError(f"RMSNorm.eps={eps} must be positive, such as 1e-6")
+        if gain not in ("channel", "scalar", "none"):
+            raise ValueError(f"RMSNorm.gain={gain!r} must be 'channel', 'scalar' or 'none'")
+        self.eps = eps
+        shape = {"channel": (dim,), "scalar": ()}
+        self.gain = axes.param(rngs, shape[gain], ("norm",)[: len(shape[gain])], _ones) if gain in shape else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        if self.gain is not None:
+            y = y * self.gain[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """y = gain * (x - mean(x)) / sqrt(var(x) + eps) + bias (Ba et al. 2016, arXiv 1607.06450).
+
+    x: [..., dim], any float dtype; y has the same shape and dtype.
+
+    Knobs: bias, whether there is a learned offset; eps > 0.
+    Refuses eps <= 0.
+    """
+
+    def __init__(self, dim: int, *, bias: bool = True, eps: float = 1e-5, rngs: nnx.Rngs):
+        if eps <= 0:
+            raise ValueError(f"LayerNorm.eps={eps} must be positive, such as 1e-5")
+        self.eps = eps
+        self.gain = axes.param(rngs, (dim,), ("norm",), _ones)
+        self.bias = axes.param(rngs, (dim,), ("norm",), _zeros) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, -1, keepdims=True)
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        y = y * self.gain[...].astype(jnp.float32)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
