@@ -50,7 +50,10 @@ def normal(stddev: float = 0.02) -> Init:
     return jax.nn.initializers.normal(stddev)
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Init) -> nnx.Param:
+NORMAL = normal()
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Init = NORMAL) -> nnx.Param:
     """A float32 parameter that carries its logical axes as metadata `axes`.
 
     Raises ValueError where the axes do not name every dimension, or name one that the vocabulary does not know.

@@ -19,8 +19,8 @@ IMPLEMENTATIONS = {
     "layers": ("scan", "unrolled"),
 }
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
-_chosen: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("chosen", default={})  # noqa: B039 never
-mutated _taken: dict[tuple[str, str, str], None] = {}
+_chosen: contextvars.ContextVar[tuple[tuple[str, str], ...]] = contextvars.ContextVar("chosen", default=())
+_taken: dict[tuple[str, str, str], None] = {}
 
 
 def platform() -> str:
@@ -45,7 +45,7 @@ def choose(op: str, implementation: str) -> Iterator[None]:
     """Inside this context `op` takes `implementation`; refuses a pair that is not in IMPLEMENTATIONS."""
     if implementation not in IMPLEMENTATIONS.get(op, ()):
         raise ValueError(f"no implementation {implementation!r} of {op!r}; known: {IMPLEMENTATIONS}")
-    token = _chosen.set(_chosen.get() | {op: implementation})
+    token = _chosen.set((*_chosen.get(), (op, implementation)))
     try:
         yield
     finally:
@@ -64,8 +64,9 @@ def forget() -> None:
 
 def take(op: str, implementation: str, reason: str) -> str:
     """Records a choice unless `choose` overrides it, and returns the implementation to use."""
-    if op in _chosen.get():
-        implementation, reason = _chosen.get()[op], "chosen by hand"
+    chosen = dict(_chosen.get())
+    if op in chosen:
+        implementation, reason = chosen[op], "chosen by hand"
     _taken[(op, implementation, reason)] = None
     return implementation
 
