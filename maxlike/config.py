@@ -135,7 +135,8 @@ def _refuse_unused(check: Check, operative: str, job: Callable | None) -> None:
         one = idle[0]
         more = f" (and {len(idle) - 1} more: {'; '.join(b.where for b in idle[1:4])})" if len(idle) > 1 else ""
         raise UserError(
-            f"{one.where}: nothing in this experiment uses `{one.text}`{more}; remove it, or bind the class it configures"
+            f"{one.where}: nothing in this experiment uses `{one.text}`{more}; "
+            "remove it, or bind the class it configures"
         )
 
 

@@ -149,6 +149,8 @@ class Check:
     def _next(self, names: _Names, text: str) -> Any:
         try:
             return names.parser.parse_statement()
+        except UserError as error:  # raised by a name; gin adds where it was reading, which the sentence says already
+            raise UserError(str(error).split("\n")[0]) from None
         except (SyntaxError, tokenize.TokenError) as error:
             line = getattr(error, "lineno", None) or names.parser.current_token.start[0]
             content = text.splitlines()[line - 1].strip()
@@ -285,12 +287,18 @@ def _siblings(package: str) -> list[str]:
 
 def _parameters(target: Callable) -> list[str]:
     """Names a gin file may bind: the keyword parameters of a constructor or a function, without `rngs`."""
-    parameters = inspect.signature(target).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "rngs"]
+    parameters = list(inspect.signature(_function(target)).parameters.values())
+    keywords = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [name for name in keywords if name not in ("self", "rngs")]
+
+
+def _function(target: Callable) -> Callable:
+    """The constructor of a class (a metaclass may hide its signature), or the function itself."""
+    return target.__init__ if inspect.isclass(target) else target
 
 
 def _hints(target: Callable) -> dict[str, Any]:
-    return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    return typing.get_type_hints(_function(target))
 
 
 def _leaves(value: Any) -> Iterator[Any]:

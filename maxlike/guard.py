@@ -17,7 +17,8 @@ class Guard:
     on_bad: what happens at a bad step.
         skip: the update is dropped and counted; training stops after `patience` of them in a row.
         stop: training stops at once.
-        rewind: training goes back to the last checkpoint and drops the update of that step when it comes again.
+        rewind: training goes back to the last checkpoint and drops every update from there to the bad step: what led
+            to a spike may lie some batches before it (PaLM, section 5.1, skips the batches around it).
     patience: bad steps in a row that are tolerated, >= 1.
     spike_sigmas: a finite loss this many standard deviations above its running mean is bad too; None: only what is not
         finite is bad. OLMo-core's SkipStep uses 6.

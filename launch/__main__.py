@@ -1,0 +1,148 @@
+"""`python -m launch --experiment NAME [--job J] [--overlay O ...] [--set knob=value ...] [--run_dir D] [--flag value ...]`."""
+
+import argparse
+import inspect
+import pathlib
+import sys
+import types
+import typing
+
+from maxlike import catalog
+from maxlike.errors import UserError
+
+EPILOG = """A job's own parameters are plain flags: `--job generate --prompt "It is a truth"`, `--job data --step 100`;
+`--job NAME --help` shows them. --set takes the knobs that gin files bind, and their macros: `--set steps=50`,
+`--set step.Step.compute_dtype='"bfloat16"'`. gin files are code: run only files you trust."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; `python -m launch --help` shows the flags")
+
+
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(prog="python -m launch", description=__doc__, epilog=EPILOG, allow_abbrev=False, add_help=False)
+    parser.add_argument("--help", action="store_true", help="show this help, or a job's")
+    parser.add_argument("--list", action="store_true", help="show experiments, overlays and jobs")
+    parser.add_argument("--experiment", metavar="NAME", help="a name from --list, or a path to a .gin file")
+    parser.add_argument("--job", default="train", metavar="J", help="what to do with it (default: train)")
+    parser.add_argument("--overlay", action="append", default=[], metavar="O", help="a gin file put on top; repeatable")
+    parser.add_argument("--set", action="append", default=[], metavar="K=V", help="one gin binding; repeatable")
+    parser.add_argument("--run_dir", metavar="D", help="the run's directory (default: runs/NAME)")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="bare clusters: address of process 0")
+    parser.add_argument("--processes", type=int, metavar="N", help="bare clusters: number of processes")
+    parser.add_argument("--process", type=int, metavar="I", help="bare clusters: index of this process")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.help and "--job" not in " ".join(argv):
+        parser.print_help()
+        raise SystemExit(0)
+    return arguments, rest
+
+
+def _show_list() -> None:
+    for kind in ("experiment", "overlay", "job"):
+        print(f"{kind}s")
+        for name, path in catalog.names(kind).items():
+            print(f"  {name:24} {catalog.doc(path)}")
+
+
+def _job_flags(job: typing.Callable, rest: list[str], name: str) -> dict[str, object]:
+    """`--flag value` pairs as keyword arguments of the job's function, converted by its annotations."""
+    hints = typing.get_type_hints(job)
+    known = [p.name for p in inspect.signature(job).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    flags: dict[str, object] = {}
+    words = iter(rest)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--"):
+            raise UserError(f"{word!r} is no flag; did you forget quotes around a text with spaces?")
+        knob = flag[2:].replace("-", "_")
+        if knob not in known:
+            choices = ", ".join(f"--{k}" for k in known) or "none"
+            raise UserError(f"the job {name} has no flag {flag}{catalog.nearest(knob, known)}; its own flags: {choices}")
+        if not equals:
+            value = next(words, None)
+            if value is None:
+                raise UserError(f"{flag} needs a value")
+        converted = _convert(flag, value, hints[knob])
+        flags[knob] = flags[knob] + converted if isinstance(converted, tuple) and knob in flags else converted
+    return flags
+
+
+def _convert(flag: str, text: str, hint: object) -> object:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if text == "None" and type(None) in arguments:
+            return None
+        return _convert(flag, text, next(a for a in arguments if a is not type(None)))
+    if origin is tuple:  # a repeatable flag
+        return (_convert(flag, text, arguments[0]),)
+    if origin is typing.Literal:
+        if text not in arguments:
+            raise UserError(f"{flag}={text!r}{catalog.nearest(text, arguments)}; it takes {' or '.join(arguments)}")
+        return text
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{flag}={text!r}: it takes true or false")
+        return text.lower() == "true"
+    try:
+        return hint(text)
+    except ValueError:
+        raise UserError(f"{flag}={text!r}: it takes {hint.__name__}") from None
+
+
+def _show_job(job: typing.Callable, name: str) -> None:
+    print(f"--job {name}: {inspect.getdoc(job)}\n\nflags")
+    for parameter in inspect.signature(job).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            default = "" if parameter.default is parameter.empty else f" (default {parameter.default!r})"
+            print(f"  --{parameter.name}{default}")
+
+
+def _run(argv: list[str]) -> None:
+    arguments, rest = _arguments(argv)
+    if arguments.list:
+        _show_list()
+        return
+    if arguments.experiment is None:
+        raise UserError("name an experiment: `python -m launch --experiment quickstart`; --list shows all")
+    catalog.find("experiment", arguments.experiment)
+    catalog.find("job", arguments.job)
+    from launch import distributed, environment
+
+    environment.prepare()
+    import absl.flags
+
+    absl.flags.FLAGS(["maxlike"])  # Grain's workers read absl flags, which somebody must have parsed
+    distributed.join(arguments.coordinator, arguments.processes, arguments.process)
+    from maxlike import config, interrupt
+
+    interrupt.install()
+    experiment = config.load(
+        arguments.experiment, overlays=arguments.overlay, bindings=arguments.set, job=arguments.job
+    )
+    job = experiment.config.job
+    if arguments.help:
+        _show_job(job, arguments.job)
+        return
+    name = pathlib.Path(arguments.experiment).with_suffix("").name
+    if not arguments.experiment.endswith(".gin"):
+        name = arguments.experiment
+    run_dir = pathlib.Path(arguments.run_dir or pathlib.Path("runs") / name)
+    job(experiment, run_dir, **_job_flags(job, rest, arguments.job))
+
+
+def main() -> int:
+    try:
+        _run(sys.argv[1:])
+    except UserError as error:
+        print(f"maxlike: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("maxlike: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

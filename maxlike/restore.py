@@ -1,0 +1,27 @@
+"""A trained model out of a run directory, for every job that does not train."""
+
+import pathlib
+
+from maxlike.errors import UserError
+from maxlike.experiment import Experiment
+from maxlike.program import Program
+from maxlike.run_dir import RunDirectory
+from maxlike.train import fingerprints
+
+
+def restore(
+    experiment: Experiment, run_dir: str | pathlib.Path, checkpoint: int | None = None
+) -> tuple[Program, dict, int]:
+    """(program, state, step) of a run's checkpoint, by default its newest intact one, on the experiment's mesh.
+
+    Reads only: it may run beside a training that is under way. Raises UserError where there is nothing to restore, the
+    tokenizer changed, or the checkpoint is of another model.
+    """
+    run = RunDirectory.existing(run_dir)
+    program = Program.of(experiment, experiment.mesh.open())
+    store = experiment.checkpoints.open(run.checkpoints, read_only=True, say=print)
+    if store.latest() is None:
+        raise UserError(f"{run.path} holds no checkpoint yet: train first, `--job train` with the same --run_dir")
+    state, metadata = store.restore(program.state, fingerprints(experiment), step=checkpoint)
+    store.close()
+    return program, state, metadata["next_step"]
