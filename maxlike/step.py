@@ -77,7 +77,7 @@ class Step:
         key = jax.random.fold_in(jax.random.key(state["seed"]), state["step"])
         loss, metrics, grads = self._gradients(state, batch, key, graph, objective)
         grads = jax.tree.map(lambda g: g / loss.weight, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         if self.clip_norm is not None:
             scale = jnp.minimum(1.0, self.clip_norm / jnp.maximum(grad_norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
