@@ -1,0 +1,85 @@
+"""Warm start: the parameters of one run in the model of another, by an explicit mapping."""
+
+import pathlib
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+from absl import logging
+
+from maxlike import checkpoint_files as files
+from maxlike import checkpoint_tree, manifest
+from maxlike.errors import UserError
+
+PyTree = Any
+
+
+def load_parameters(
+    source: pathlib.Path,
+    abstract_params: PyTree,
+    mapping: dict[str, str],
+    *,
+    tree: str = "params",
+    ignore: Collection[str] = (),
+    say: Callable[[str], None] = logging.warning,
+) -> PyTree:
+    """Warm start: the parameters of another run, with the shapes, dtypes and shardings of `abstract_params`.
+
+    source: a run directory, its `checkpoints`, or one checkpoint in it; the newest intact one is taken.
+    mapping: {path here: path there}; a path is a parameter or a whole subtree, '' the root, and the longest one that
+        fits a parameter is used: {'': ''} takes all by their own names, {'stack': 'decoder/stack', ...} renames.
+    tree: which tree of the saved state to read ('params', or 'ema' for averaged weights).
+    ignore: paths there that are deliberately left behind.
+    Raises UserError with a table where a parameter is not named, not there, of another shape or dtype, or left behind
+    without being ignored.
+    """
+    directory = _checkpoint_in(pathlib.Path(source).resolve(), say)
+    saved_tree = files.read_record(directory).tree
+    there = {path.removeprefix(f"{tree}/"): leaf for path, leaf in saved_tree.items() if path.startswith(f"{tree}/")}
+    flat = checkpoint_tree.flatten(abstract_params)
+    origin = {path: _renamed(path, mapping) for path in flat}
+    unused = {path for path in there if path not in origin.values() and not any(_within(path, name) for name in ignore)}
+    saved = {path: there[name] for path, name in origin.items() if name in there} | {
+        f"{path} (unused)": there[path] for path in unused
+    }
+    table = checkpoint_tree.difference(
+        saved, {path: checkpoint_tree.describe(path, leaf) for path, leaf in flat.items()}
+    )
+    if table:
+        raise UserError(
+            f"the mapping does not turn the parameters of {directory} into this model's: name every parameter in it, "
+            f"and in `ignore` what is to be left behind\n{table}"
+        )
+    wanted = {f"{tree}/{name}": flat[path] for path, name in origin.items()}
+    if len(wanted) != len(flat):
+        raise UserError(f"the mapping uses a parameter of {directory} twice: give each parameter a source of its own")
+    leaves = files.read_leaves(directory, wanted, saved_tree)
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), list(leaves.values()))
+
+
+def _within(path: str, root: str) -> bool:
+    return root == "" or path == root or path.startswith(f"{root}/")
+
+
+def _renamed(path: str, mapping: dict[str, str]) -> str | None:
+    """The path there of a path here, or None where the mapping does not name it."""
+    roots = [root for root in mapping if _within(path, root)]
+    if not roots:
+        return None
+    root = max(roots, key=len)
+    return "/".join(part for part in (mapping[root], path[len(root) :].lstrip("/")) if part)
+
+
+def _checkpoint_in(source: pathlib.Path, say: Callable[[str], None]) -> pathlib.Path:
+    """The newest intact checkpoint in a run directory or its `checkpoints`, or `source` itself if it is one."""
+    files.quieten_orbax()
+    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    candidates = [folder / str(step) for step in reversed(files.steps(folder))]
+    for candidate in candidates or [source]:
+        damage = manifest.damage(candidate)
+        if damage is None:
+            return candidate
+        say(f"checkpoint {candidate} is damaged: {damage}")
+    raise UserError(
+        f"there is no intact checkpoint in {source}: give a run directory, or a directory checkpoints/STEP of one"
+    )
