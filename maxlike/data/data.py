@@ -76,7 +76,7 @@ class Data:
         if workers < 0 or build_workers < 0:
             raise UserError(f"Data.workers={workers} and Data.build_workers={build_workers} must not be negative")
         self.sources = _named(sources, "sources", "train")
-        self.validation = {} if validation is None else _named(validation, "validation", "validation")
+        self.validation = None if validation is None else _named(validation, "validation", "validation")
         self.tokenizer, self.packing, self.transforms = tokenizer, packing, tuple(transforms)
         self.workers, self.build_workers, self.cache = workers, build_workers, cache
         if mixture is None:
@@ -125,7 +125,7 @@ class Data:
 
     def open_validation(self, *, sequence_length: int, batch_size: int) -> FiniteBatches:
         """The validation batches: every row once. Refuses when no validation source is bound."""
-        if not self.validation:
+        if self.validation is None:
             raise UserError("Data.validation is not set; bind held-out documents to it, or switch validation off")
         layers = {name: self.layers(name, source, sequence_length) for name, source in self.validation.items()}
         return FiniteBatches(
@@ -137,7 +137,7 @@ class Data:
 
     def verify(self, *, sequence_length: int) -> int:
         """Read every layer against its checksums; the number of shards. Refuses a damaged one by name."""
-        sources = [*self.sources.items(), *self.validation.items()]
+        sources = [*self.sources.items(), *(self.validation or {}).items()]
         layers = [self.layers(name, source, sequence_length) for name, source in sources]
         return sum(store.verify(layer.directory) for built in layers for layer in (built.tokens, built.rows))
 

@@ -32,18 +32,17 @@ def data(experiment, run, *, step: int = 0, rows: int = 4, verify: bool = False)
     console.print(
         table(f"Training sources; epochs of all {experiment.steps} steps", batches.describe(experiment.steps))
     )
-    if experiment.data.validation:
+    if experiment.data.validation is not None:
         validation = experiment.data.open_validation(
             sequence_length=experiment.sequence_length, batch_size=experiment.batch_size
         )
         console.print(table("Validation sources", validation.describe()))
     given = [{"source": name} | values for name, values in batches.accounting(step).items()]
     console.print(table(f"Given before step {step}; asked and realised share of rows", given))
-    pieces, texts = batches.documents(step), batches.text(step)
-    for number, (row, of_row) in enumerate(zip(pieces[:rows], texts[:rows])):
-        for (source, document, offset, length), text in zip(row, of_row):
-            where = f"row {number}: {source} {document}, tokens {offset} to {offset + length}"
-            console.rule(rich.markup.escape(where), align="left")
+    for piece, text in zip(batches.documents(step), batches.text(step)):
+        if piece.row < rows:
+            where = f"row {piece.row}: {piece.source} {piece.document}, tokens {piece.offset} to "
+            console.rule(rich.markup.escape(f"{where}{piece.offset + piece.length}"), align="left")
             console.print(text, markup=False, highlight=False)
     if verify:
         print(f"{experiment.data.verify(sequence_length=experiment.sequence_length)} shards match their checksums")

@@ -7,7 +7,7 @@ position of a run is one integer, the step, whatever the number of hosts, worker
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import absl.flags
 import grain
@@ -73,6 +73,17 @@ def transform_identity(transform: Transform) -> list:
     return [kind.__module__, kind.__qualname__, {name: repr(value) for name, value in sorted(vars(transform).items())}]
 
 
+class Piece(NamedTuple):
+    """A piece of a document in a batch: `document` is its name (`file:index`), offset and length are in tokens (bos
+    and eos included), `row` is its row of the global batch."""
+
+    source: str
+    document: str
+    offset: int
+    length: int
+    row: int
+
+
 class Batches:
     """The training batches of a run. Fields as in `shift`, [batch_size, sequence_length], plus what transforms add.
 
@@ -118,28 +129,27 @@ class Batches:
         check_hosts(self.batch_size, host, hosts)
         return BatchIterator(HostBatch(self._reader, host, hosts), start_step, self._workers)
 
-    def _examples(self, step: int) -> np.ndarray:
-        return np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-
-    def documents(self, step: int) -> list[list[tuple[str, str, int, int]]]:
-        """For each row of a step's batch, its pieces: (source, document, offset in tokens, length in tokens)."""
-        sources, _ = self._reader.places(self._examples(step))
-        _, pieces, counts = self._reader.read(self._examples(step))
-        rows = np.split(pieces, np.cumsum(counts)[:-1])
+    def documents(self, step: int) -> list[Piece]:
+        """The pieces of documents in a step's batch, row by row."""
+        sources, _, pieces, counts = self._read(step)
+        rows = np.repeat(np.arange(self.batch_size), counts)
+        names = [self._reader.interleave.names[source] for source in sources]
         return [
-            [(name, self._layers[name].tokens.name(d), offset, length) for d, offset, length in row.tolist() if d >= 0]
-            for name, row in zip((self._reader.interleave.names[source] for source in sources), rows)
+            Piece(names[row], self._layers[names[row]].tokens.name(document), offset, length, int(row))
+            for row, (document, offset, length) in zip(rows, pieces.tolist())
+            if document != PADDING
         ]
 
-    def text(self, step: int) -> list[list[str]]:
-        """The text of the same pieces, before transforms; special tokens left out."""
-        tokens, pieces, counts = self._reader.read(self._examples(step))
-        rows = np.split(pieces, np.cumsum(counts)[:-1])
-        return [
-            [self._tokenizer.decode(part) for part, piece in zip(np.split(row, cuts), of_row) if piece[0] != PADDING]
-            for row, of_row in zip(tokens, rows)
-            for cuts in [np.cumsum(of_row[:, 2])[:-1]]
-        ]
+    def text(self, step: int) -> list[str]:
+        """The text of each of `documents(step)`, before transforms; special tokens left out."""
+        _, tokens, pieces, _ = self._read(step)
+        parts = np.split(tokens.reshape(-1), np.cumsum(pieces[:, 2])[:-1])
+        return [self._tokenizer.decode(part) for part, piece in zip(parts, pieces) if piece[0] != PADDING]
+
+    def _read(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The source of each row of a step, and its rows as `Rows.read` gives them."""
+        examples = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        return self._reader.interleave.locate(examples)[0], *self._reader.read(examples)
 
     def accounting(self, step: int) -> dict[str, dict[str, float]]:
         """What each source has given before `step`: rows, tokens (rows times sequence_length), epochs, and its share of

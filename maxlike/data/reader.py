@@ -4,6 +4,7 @@ Example number -> (source, key) by the mixture, key -> row by a permutation of t
 epoch. Pure functions of numbers and of what is on disk, so any process can compute any batch.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,8 @@ from maxlike.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Batch, np.random.Generator], Batch]
-_ROUNDS = 4  # of the index permutation, as Grain's own shuffle
+_ROUNDS = 4  # of Grain's index permutation, as in its own shuffle
+_SMALL = 1 << 16  # rows; Grain's permutation walks through numbers of 16 bits, so it is slow below
 
 
 def fields_of(tokens: np.ndarray, pieces: np.ndarray, counts: np.ndarray) -> Batch:
@@ -60,6 +62,24 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=4).digest(), "big")
 
 
+@functools.lru_cache(maxsize=32)
+def small_order(count: int, seed: int) -> np.ndarray:
+    """A permutation of 0 .. count - 1: the order of hashes (the finaliser of splitmix64) of (seed, number)."""
+    hashes = np.arange(count, dtype=np.uint64) + np.uint64(seed << 32)
+    for multiplier, shift_by in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27), (1, 31)):
+        hashes = (hashes ^ (hashes >> np.uint64(shift_by))) * np.uint64(multiplier)
+    return np.argsort(hashes, kind="stable")
+
+
+def row_of(key: int, count: int, seed: int, name: str) -> int:
+    """The row that a source of `count` rows gives at `key`: each epoch is a permutation of its own."""
+    epoch, within = divmod(key, count)
+    epoch_seed = seed_of("order", seed, name, epoch)
+    if count <= _SMALL:
+        return int(small_order(count, epoch_seed)[within])
+    return grain.experimental.index_shuffle(within, max_index=count - 1, seed=epoch_seed, rounds=_ROUNDS)
+
+
 class Reader:
     """What worker processes need of a run: row layers, the mixture, seeds; called with a step, gives its batch."""
 
@@ -82,11 +102,7 @@ class Reader:
         sources, keys = self.interleave.locate(examples)
         rows = np.zeros(len(examples), np.int64)
         for at, (source, key) in enumerate(zip(sources.tolist(), keys.tolist())):
-            epoch, within = divmod(key, self.rows[source].count)
-            seed = seed_of("order", self.seed, self.interleave.names[source], epoch)
-            rows[at] = grain.experimental.index_shuffle(
-                within, max_index=self.rows[source].count - 1, seed=seed, rounds=_ROUNDS
-            )
+            rows[at] = row_of(key, self.rows[source].count, self.seed, self.interleave.names[source])
         return sources, rows
 
     def read(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -160,7 +160,7 @@ class Records:
                 path = self.directory / self._files[shard]
                 # Reads are random: neither read ahead nor fill large buffers.
                 self._readers[shard] = array_record_module.ArrayRecordReader(
-                    str(path), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15
+                    str(path), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 12
                 )
             return self._readers[shard]
 
