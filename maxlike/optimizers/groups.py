@@ -15,7 +15,8 @@ Kind = Literal["matrix", "embedding", "vector"]
 
 STACKS = ("layers", "experts")  # in front of the other axes these count matrices, they are no side of one
 HEADS = ("heads", "kv_heads", "head_dim")  # neighbours among these are one side: heads * head_dim
-VECTORS = ("norm", "taps")  # gains, offsets, convolution taps, learned positions: no matrix whatever their shape
+TABLES = ("vocab", "positions")  # rows looked up by an index, and the output head
+VECTORS = ("norm", "taps")  # gains, offsets, convolution taps: no matrix whatever their shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,8 @@ def view(axes: tuple[str, ...]) -> View:
 
 
 def kind(path: str, axes: tuple[str, ...]) -> Kind:
-    """matrix: two sides; embedding: two sides of which one is the vocabulary (token table and output head);
-    vector: everything with at most one side (biases, scalars) or an axis that makes it one (norm gains, taps).
+    """matrix: two sides; embedding: two sides of which one is a table's index (token table, learned positions, output
+    head); vector: at most one side (biases, scalars) or an axis that makes it one (norm gains, taps).
 
     Raises UserError for a parameter that is none of these, or two.
     """
@@ -74,7 +75,7 @@ def kind(path: str, axes: tuple[str, ...]) -> Kind:
         raise UserError(f"parameter {path} has the unknown logical axis {unknown[0]!r}: name it in layers/axes.py.")
     number = len(sides(axes)[1])
     vector = number < 2 or any(axis in VECTORS for axis in axes)
-    embedding = number == 2 and "vocab" in axes
+    embedding = number == 2 and any(axis in TABLES for axis in axes)
     matrix = number == 2 and not embedding and not vector
     found = [name for name, holds in (("matrix", matrix), ("embedding", embedding), ("vector", vector)) if holds]
     if len(found) != 1:
