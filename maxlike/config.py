@@ -17,7 +17,6 @@ brings its own configuration back when it is called, so two experiments in one p
 import contextlib
 import dataclasses
 import importlib.util  # noqa: F401  (gin 0.5.0 uses it without importing it)
-import pathlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -64,6 +63,11 @@ class Configuration:
                     if before is not None:
                         _parse(before.source)
                         _active[0] = before
+
+    def text(self) -> str:
+        """The operative configuration as a file: `python -m launch --experiment FILE` reruns the experiment."""
+        title = self.doc or self.name
+        return f"# {title}\n# The operative configuration of a run, defaults included.\n{self.operative}"
 
     def inside(self, factory: Callable) -> Callable:
         """`factory`, called under this configuration."""
@@ -158,11 +162,3 @@ def _mistakes_as_sentences(name: str) -> Iterator[None]:
             f"experiment {name}: {owner} needs {' and '.join(knobs)}; bind `{owner}.{knobs[0]} = ...` in the gin file"
         ) from error
 
-
-def save(experiment: Experiment, path: pathlib.Path) -> None:
-    """Writes the operative configuration: `python -m launch --experiment PATH` reruns it."""
-    configuration = experiment.config
-    header = (
-        f"# {configuration.doc or configuration.name}\n# The operative configuration of a run, defaults included.\n"
-    )
-    path.write_text(header + configuration.operative)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from flax import nnx
@@ -15,9 +15,6 @@ from maxlike.hooks import Hook
 from maxlike.schedules import Clock
 from maxlike.sharding import Mesh
 from maxlike.step import Step
-
-if TYPE_CHECKING:
-    from maxlike.config import Configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +43,7 @@ class Experiment:
     seed: of the initial parameters, the data order and all noise.
     step: precision, micro-batches, clipping, averaging and what to do with a bad step.
     checkpoints: when to save and what to keep. hooks: called after every step.
+    config: the `maxlike.config.Configuration` it was loaded from; None where it was built in Python.
 
     Raises UserError for counts below 1, or a batch that the micro-batches do not divide.
     """
@@ -62,7 +60,7 @@ class Experiment:
     step: Step = dataclasses.field(default_factory=Step)
     checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
     hooks: tuple[Hook, ...] = ()
-    config: "Configuration | None" = None
+    config: Any = None
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "sequence_length"):

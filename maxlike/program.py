@@ -58,8 +58,8 @@ class Program:
         make = jax.jit(self._make_state, out_shardings=self.shardings)
         return make(jnp.asarray(self.experiment.seed, jnp.uint32))
 
-    def compile_step(self) -> jax.stages.Compiled:
-        """`(state, batch, allow) -> (state, metrics)`, compiled ahead of time; the state is donated."""
+    def lower_step(self) -> jax.stages.Lowered:
+        """`(state, batch, allow) -> (state, metrics)`, ready to compile; the state is donated. Needs no device memory."""
         experiment = self.experiment
 
         def step(state: dict, batch: dict, allow: jax.Array) -> tuple[dict, dict]:
@@ -75,7 +75,7 @@ class Program:
 
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, self.layout.replicated))
         allow = jax.ShapeDtypeStruct((), jnp.bool_, sharding=self.layout.replicated)
-        return jitted.lower(self.state, self.abstract_batch(experiment.batch_size), allow).compile()
+        return jitted.lower(self.state, self.abstract_batch(experiment.batch_size), allow)
 
     def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of a batch."""

@@ -6,7 +6,6 @@ from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.program import Program
 from maxlike.run_dir import RunDirectory
-from maxlike.train import fingerprints
 
 
 def restore(
@@ -17,11 +16,13 @@ def restore(
     Reads only: it may run beside a training that is under way. Raises UserError where there is nothing to restore, the
     tokenizer changed, or the checkpoint is of another model.
     """
-    run = RunDirectory.existing(run_dir)
+    run = RunDirectory(run_dir, mode="read")
     program = Program.of(experiment, experiment.mesh.open())
     store = experiment.checkpoints.open(run.checkpoints, read_only=True, say=print)
     if store.latest() is None:
         raise UserError(f"{run.path} holds no checkpoint yet: train first, `--job train` with the same --run_dir")
-    state, metadata = store.restore(program.state, fingerprints(experiment), step=checkpoint)
+    state, metadata = store.restore(
+        program.state, {"tokenizer": experiment.data.tokenizer.fingerprint}, step=checkpoint
+    )
     store.close()
     return program, state, metadata["next_step"]

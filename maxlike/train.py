@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlike import config, interrupt
+from maxlike import interrupt
 from maxlike.checkpoint import Store
 from maxlike.data.data import Batches
 from maxlike.errors import UserError
@@ -45,7 +45,7 @@ class Training:
         """A checkpoint of the state after `step` updates, with what resuming needs."""
         metadata = {
             "next_step": step,
-            "fingerprints": fingerprints(self.experiment, self.batches),
+            "fingerprints": self.batches.identity(step),
             "config": self.experiment.config.operative if self.experiment.config else "",
             "code": importlib.metadata.version("maxlike"),
             "dropped": sorted(self.dropped),
@@ -54,7 +54,7 @@ class Training:
 
     def restore(self) -> tuple[int, dict]:
         """(next step, state) of the newest intact checkpoint."""
-        state, metadata = self.store.restore(self.program.state, fingerprints(self.experiment, self.batches))
+        state, metadata = self.store.restore(self.program.state, self.batches.identity)
         self.dropped |= set(metadata["dropped"])
         return metadata["next_step"], state
 
@@ -70,12 +70,6 @@ class Training:
         return 0, state
 
 
-def fingerprints(experiment: Experiment, batches: Batches | None = None) -> dict[str, str]:
-    """What must not change between a checkpoint and its use: the tokenizer, and for training the data."""
-    names = {"tokenizer": experiment.data.tokenizer.fingerprint}
-    return names if batches is None else names | {"data": batches.fingerprint}
-
-
 def train(experiment: Experiment, run_dir: str | pathlib.Path) -> dict[str, float]:
     """Trains to `Experiment.steps`, resuming whatever the run directory holds; returns the last validation metrics.
 
@@ -83,15 +77,19 @@ def train(experiment: Experiment, run_dir: str | pathlib.Path) -> dict[str, floa
     continues, and every later loss equals an uninterrupted run's bit for bit.
     """
     layout = experiment.mesh.open()
-    with RunDirectory(run_dir) as run, Log(run, experiment) as log:
+    mode = "own" if jax.process_index() == 0 else "join"
+    with RunDirectory(run_dir, mode=mode) as run, Log(run, experiment) as log:
         if experiment.config is not None:
-            config.save(experiment, run.config)
+            log.config(experiment.config)
         program = Program.of(experiment, layout)
         batches = experiment.data.train(
-            sequence_length=experiment.sequence_length, batch_size=experiment.batch_size, seed=experiment.seed
+            sequence_length=experiment.sequence_length,
+            batch_size=experiment.batch_size,
+            seed=experiment.seed,
+            steps=experiment.steps,
         )
         began = time.monotonic()
-        step_function = program.compile_step()
+        step_function = program.lower_step().compile()
         log.start(program, batches, step_function.memory_analysis(), compiled_in=time.monotonic() - began)
         store = experiment.checkpoints.open(run.checkpoints, say=log.say)
         training = Training(experiment, program, run, batches, store, log)
@@ -169,7 +167,7 @@ def _judge(training: Training, row: dict[str, Any] | None) -> None:
         return
     guard = training.experiment.step.guard
     documents = training.batches.documents(row["step"] - 1)
-    names = ", ".join(dict.fromkeys(f"{d.source}:{d.document}" for d in documents))
+    names = ", ".join(dict.fromkeys(f"{source}: {document}" for row in documents for source, document, _, _ in row))
     sentence = (
         f"step {row['step']} is bad: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}, "
         f"documents {names[:400]}"

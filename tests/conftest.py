@@ -9,3 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import absl.flags
 
 absl.flags.FLAGS(["pytest"])  # Grain's workers read absl flags, which somebody must have parsed
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-goldens", action="store_true", help="rewrite the golden tables and losses")

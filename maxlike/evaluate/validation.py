@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.restore import restore
 
@@ -13,12 +12,10 @@ def evaluate(experiment: Experiment, run_dir: pathlib.Path, *, checkpoint: int |
 
     checkpoint: the step to evaluate; by default the newest.
     """
-    if experiment.data.validation is None:
-        raise UserError("this experiment has no validation split: bind Data.validation")
-    program, state, step = restore(experiment, run_dir, checkpoint)
     batches = experiment.data.open_validation(
         sequence_length=experiment.sequence_length, batch_size=experiment.batch_size
     )
+    program, state, step = restore(experiment, run_dir, checkpoint)
     metrics = program.evaluate(state, batches)
     print(json.dumps({"step": step, "split": "validation"} | metrics))
     return metrics

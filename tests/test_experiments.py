@@ -1,0 +1,100 @@
+"""Every experiment file builds abstractly, matches its golden parameter table, and its tiny twin trains to golden losses.
+
+`pytest tests/test_experiments.py --update-goldens` rewrites the goldens; read the difference before committing it.
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from maxlike import catalog, config
+from maxlike.program import Program
+from maxlike.sharding import flat_axes, path_names
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+SCANNED = "stack.Stack.scan = True"
+TINY = {
+    "quickstart": ["dim = 16", "stack.Stack.depth = 2", "attention.Attention.heads = 2", "mlp.GatedMLP.width = 32"],
+    "gpt2_124m": ["dim = 16", "stack.Stack.depth = 2", "attention.Attention.heads = 2", "mlp.MLP.width = 32"],
+    "llama_1b": [
+        "dim = 16",
+        "stack.Stack.depth = 2",
+        "attention.Attention.heads = 4",
+        "attention.Attention.kv_heads = 2",
+        "mlp.GatedMLP.width = 32",
+    ],
+}
+TINY["llama_8b"] = TINY["llama_1b"]
+SMALL = [
+    "vocab = 2048",
+    "steps = 5",
+    "experiment.Experiment.batch_size = 8",
+    "experiment.Experiment.sequence_length = 32",
+    "step.Step.micro_batches = 1",
+    SCANNED,
+]
+
+
+def golden(name: str, text: str, update: bool) -> None:
+    path = GOLDENS / name
+    if update:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert path.read_text() == text, f"{path.name} differs: read the difference, then --update-goldens"
+
+
+def parameter_table(experiment) -> str:
+    """path | shape | axes | spec under mesh/fsdp_tp | optimizer group, a line a parameter."""
+    model = experiment.abstract_model()
+    layout = experiment.mesh.open()
+    groups = experiment.optimizer.describe(model.axes)
+    by_path = flat_axes(model.axes)
+    lines = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(model.params)[0]:
+        names = path_names(path)
+        spec = layout.spec(by_path[names], leaf.shape, "/".join(names))
+        placed = " ".join(str(entry) for entry in spec)
+        group = groups["/".join(names)]
+        lines.append(f"{'/'.join(names)} | {leaf.shape} {leaf.dtype} | {' '.join(by_path[names])} | {placed} | {group}")
+    total = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    return "\n".join([*lines, f"{total:,} parameters"]) + "\n"
+
+
+@pytest.mark.parametrize("name", catalog.names("experiment"))
+def test_parameter_table(name, request):
+    experiment = config.load(name, overlays=["mesh/fsdp_tp"])
+    golden(f"{name}.params.txt", parameter_table(experiment), request.config.getoption("--update-goldens"))
+
+
+@pytest.mark.parametrize("name", catalog.names("experiment"))
+def test_tiny_twin_trains_to_golden_losses(name, request):
+    overlays = ["austen", "cpu"]
+    experiment = config.load(name, overlays=overlays, bindings=TINY[name] + SMALL)
+    program = Program.of(experiment, experiment.mesh.open())
+    batches = experiment.data.train(sequence_length=32, batch_size=8, seed=0)
+    step, state, allow = program.lower_step().compile(), program.init(), jax.device_put(np.bool_(True))
+    losses = []
+    for k in range(5):
+        state, metrics = step(state, program.put(batches.batch(k)), allow)
+        losses.append(float(metrics["loss"]))
+    path = GOLDENS / f"{name}.losses.txt"
+    if request.config.getoption("--update-goldens"):
+        path.write_text("\n".join(f"{loss:.5f}" for loss in losses) + "\n")
+    np.testing.assert_allclose(losses, [float(line) for line in path.read_text().split()], rtol=2e-4)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m", "llama_1b", "llama_8b"])
+@pytest.mark.parametrize("mesh", ["mesh/fsdp", "mesh/fsdp_tp"])
+def test_the_large_ones_lower_at_full_size(name, mesh):
+    experiment = config.load(name, overlays=["austen", mesh], bindings=[SCANNED])
+    text = Program.of(experiment, experiment.mesh.open()).lower_step().as_text()
+    assert "sharding" in text and f"tensor<{experiment.bare().padded_vocab}x{experiment.bare().dim}xf32>" in text
+
+
+@pytest.mark.parametrize("kind", ["experiment", "overlay", "job"])
+def test_every_file_says_what_it_is(kind):
+    for name, path in catalog.names(kind).items():
+        assert catalog.doc(path).endswith("."), f"{name}: its first line is a comment, one sentence"
