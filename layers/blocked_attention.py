@@ -14,6 +14,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+KEEP_UP_TO = 1024  # tokens; longer rows recompute their probabilities in the backward pass
 MASKED = -1e30  # finite: a row that sees nothing gives junk that nobody reads, not NaN that poisons the gradient
 
 
@@ -169,13 +170,13 @@ def blocked_attention(
 ) -> jax.Array:
     """Attention of a row on itself (S = T): y [B, T, H, K] in the dtype of v.
 
-    Rows up to 1024 keep their probabilities for the backward pass, longer ones recompute them block by block.
+    Rows up to KEEP_UP_TO keep their probabilities for the backward pass, longer ones recompute them block by block.
     """
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     # 64 queries a block wins on the CPU at 256; more blocks than 16 only lengthen the compilation.
     block = max(64, -(-T // 16))
-    static = Blocking(scale, causal, window, soft_cap, block, keep=T <= 1024)
+    static = Blocking(scale, causal, window, soft_cap, block, keep=T <= KEEP_UP_TO)
     q_BGRTK = jnp.transpose(jnp.reshape(q_BTHK, (B, T, G, H // G, K)), (0, 2, 3, 1, 4))
     k_BGSK, v_BGSK = jnp.swapaxes(k_BSGK, 1, 2), jnp.swapaxes(v_BSGK, 1, 2)
     sinks_GR = None if sinks_H is None else jnp.reshape(sinks_H.astype(jnp.float32), (G, H // G))

@@ -88,7 +88,7 @@ def attention(
     A query sees a key of its own segment, not after it if causal, and fewer than `window` positions away. H must be a
     multiple of the number of key heads G. Softmax in float32.
     """
-    implementation = take("attention", *_pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H))
+    implementation = take("attention", *pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H))
     if implementation == "cudnn":
         return _cudnn(q_BTHK, k_BTGK, v_BTGK, segments_BT, scale=scale, causal=causal, window=window)
     if implementation == "blocked":
@@ -103,7 +103,8 @@ def attention(
     return masked_attention(q_BTHK, k_BTGK, v_BTGK, visible_BTS, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H)
 
 
-def _pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H) -> tuple[str, str]:
+def pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H) -> tuple[str, str]:
+    """The fastest implementation that has every feature asked for, and why no faster one."""
     if platform() == "cpu":
         return "blocked", "fastest measured on CPU"
     if platform() == "gpu":

@@ -1,0 +1,79 @@
+"""Block orders against their formulas, and how the children's aux travels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from layers.attention import Attention
+from layers.block import Block
+from layers.context import Context
+from layers.mlp import GatedMLP
+from layers.norm import RMSNorm
+
+X = jax.random.normal(jax.random.key(0), (2, 5, 16))
+CTX = Context.of(jnp.zeros((2, 5)))
+FORMULAS = {
+    "pre": lambda x, f, s, norm, _: x + s * f(norm(x)),
+    "post": lambda x, f, s, norm, _: norm(x + s * f(x)),
+    "sandwich": lambda x, f, s, norm, out_norm: x + s * out_norm(f(norm(x))),
+    "swin": lambda x, f, s, norm, _: x + s * norm(f(x)),
+}
+
+
+def build(**knobs):
+    knobs = {"mixer": functools.partial(Attention, heads=2), "ffn": functools.partial(GatedMLP, width=8)} | knobs
+    return Block(16, norm=RMSNorm, rngs=nnx.Rngs(params=0), **knobs)
+
+
+@pytest.mark.parametrize("order", FORMULAS)
+@pytest.mark.parametrize("with_ffn", [True, False])
+def test_order(order, with_ffn):
+    block = build(order=order, residual_scale=0.5, **({} if with_ffn else {"ffn": None}))
+    for variable in jax.tree.leaves(block, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
+        if variable.ndim == 1:  # gains that differ tell the norms apart
+            variable[...] = variable[...] + jax.random.normal(jax.random.key(variable.size), variable.shape) * 0.3
+    x = FORMULAS[order](X, lambda h: block.mixer(h, CTX)[0], 0.5, block.mixer_norm, block.mixer_out_norm)
+    if with_ffn:
+        x = FORMULAS[order](x, lambda h: block.ffn(h, CTX)[0], 0.5, block.ffn_norm, block.ffn_out_norm)
+    got, _ = block(X, CTX)
+    np.testing.assert_allclose(got, x, atol=1e-5)
+    decoded, _ = block.extend(X, block.init_cache(2, 5, jnp.float32), CTX)
+    np.testing.assert_allclose(decoded, x, atol=1e-5)
+
+
+class Reporting(GatedMLP):
+    """A feed-forward with a loss and a metric."""
+
+    def __call__(self, x_BTD, ctx):
+        return super().__call__(x_BTD, ctx)[0], {"loss": jnp.float32(2.0), "load": jnp.arange(3.0)}
+
+
+class ReportingMixer(Attention):
+    """A mixer with a loss and a metric of the same name."""
+
+    def __call__(self, x_BTD, ctx):
+        return super().__call__(x_BTD, ctx)[0], {"loss": jnp.float32(1.0), "load": jnp.float32(7.0)}
+
+
+def test_losses_add_up_and_metrics_keep_their_owner():
+    block = build(mixer=functools.partial(ReportingMixer, heads=2), ffn=functools.partial(Reporting, width=8))
+    _, aux = block(X, CTX)
+    assert set(aux) == {"loss", "mixer/load", "ffn/load"}
+    assert float(aux["loss"]) == 3.0 and float(aux["mixer/load"]) == 7.0
+    assert "loss" not in build()(X, CTX)[1]
+
+
+def test_flops_are_the_childrens():
+    block = build()
+    assert block.flops_per_token(64) == block.mixer.flops_per_token(64) + block.ffn.flops_per_token(64)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"Block.order='middle'"):
+        build(order="middle")
+    with pytest.raises(ValueError, match=r"Block.residual_scale=0"):
+        build(residual_scale=0.0)

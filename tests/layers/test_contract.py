@@ -1,0 +1,200 @@
+"""What every mixer and feed-forward owes, whatever it computes.
+
+A new part joins by one line in MIXERS or FEED_FORWARDS.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from layers import axes
+from layers.attention import Attention
+from layers.context import Context
+from layers.mlp import MLP, GatedMLP
+from layers.norm import RMSNorm
+from layers.rope import RoPE
+
+D, B, T = 16, 3, 24
+F = functools.partial
+MIXERS = {
+    "multi_head": F(Attention, heads=4, rope=RoPE),
+    "grouped_query": F(Attention, heads=4, kv_heads=2, rope=RoPE, qk_norm=RMSNorm, qkv_bias=True, out_bias=True),
+    "sliding_window": F(Attention, heads=4, kv_heads=2, window=5, rope=RoPE),
+    "capped_window_with_sinks": F(Attention, heads=4, kv_heads=2, window=9, soft_cap=2.0, sinks=True, scale=0.3),
+    "capped_with_sinks": F(Attention, heads=4, kv_heads=1, head_dim=8, soft_cap=2.0, sinks=True),
+}
+FEED_FORWARDS = {
+    "swiglu": F(GatedMLP, width=24),
+    "geglu": F(GatedMLP, width=24, activation="gelu", bias=True),
+    "relu2": F(MLP, width=24, activation="relu2", bias=True),
+}
+PARTS = MIXERS | FEED_FORWARDS
+mixer = pytest.mark.parametrize("name", MIXERS)
+part = pytest.mark.parametrize("name", PARTS)
+SHARDED = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "embed": "fsdp"}  # the rest is replicated
+
+
+class Built:
+    """A part with large random parameters (biases and sinks too), its compiled call and its compiled extend."""
+
+    def __init__(self, name: str):
+        graph, state = nnx.split(PARTS[name](D, rngs=nnx.Rngs(params=0)))
+        self.axes = [
+            v.get_metadata("axes") for v in jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        ]
+        leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state))
+        rng = np.random.default_rng(0)
+        leaves = [jnp.asarray(leaf + 0.3 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves]
+        self.tree, self.params = tree, jax.tree.unflatten(tree, leaves)
+        self.part = nnx.merge(graph, self.params)
+        self.pure = lambda params, x_BTD, ctx: nnx.merge(graph, params)(x_BTD, ctx)[0]
+        self.call = jax.jit(self.pure)
+        self.extend = jax.jit(lambda params, x_BTD, cache, ctx: nnx.merge(graph, params).extend(x_BTD, cache, ctx))
+
+
+built = functools.cache(Built)
+
+
+def inputs(seed: int = 1) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (B, T, D))
+
+
+def context(segments_BT=None, positions_BT=None) -> Context:
+    plain = Context.of(jnp.zeros((B, T), jnp.int32))
+    segments_BT = jnp.ones((B, T), jnp.int32) if segments_BT is None else segments_BT
+    return plain.replace(
+        segments_BT=segments_BT, positions_BT=plain.positions_BT if positions_BT is None else positions_BT
+    )
+
+
+@part
+def test_shape_and_dtype_follow_the_input(name):
+    b, x_BTD = built(name), inputs()
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), b.params)
+        y = jax.eval_shape(b.pure, params, x_BTD.astype(dtype), context())
+        assert y.shape == x_BTD.shape and y.dtype == dtype
+    low = b.call(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), b.params), x_BTD.astype(jnp.bfloat16), context())
+    full = b.call(b.params, x_BTD, context())
+    np.testing.assert_allclose(low.astype(jnp.float32), full, atol=0.06 * float(jnp.abs(full).max()))
+
+
+@part
+def test_no_token_depends_on_a_later_one(name):
+    b, x_BTD = built(name), inputs()
+    jacobian = jax.jit(jax.jacrev(lambda x_TD: b.pure(b.params, x_TD[None], Context.of(jnp.zeros((1, T))))[0].sum(-1)))
+    influence_TS = np.abs(jacobian(x_BTD[0])).sum(-1)
+    assert np.all(np.triu(influence_TS, 1) == 0)
+    assert np.all(np.diag(influence_TS) > 0)
+
+
+@mixer
+def test_packed_documents_equal_separate_ones(name):
+    b, x_BTD = built(name), inputs()
+    cut = 10
+    segments_BT = jnp.broadcast_to(jnp.where(jnp.arange(T) < cut, 1, 2), (B, T))
+    positions_BT = jnp.broadcast_to(jnp.where(jnp.arange(T) < cut, jnp.arange(T), jnp.arange(T) - cut), (B, T))
+    packed = b.call(b.params, x_BTD, context(segments_BT, positions_BT))
+    # Each document alone at the left of a row whose rest is padding: one compiled program for all three calls.
+    second = jnp.roll(x_BTD, -cut, axis=1)
+    for x, length, got in ((x_BTD, cut, packed[:, :cut]), (second, T - cut, packed[:, cut:])):
+        alone = b.call(b.params, x, context(jnp.broadcast_to(jnp.where(jnp.arange(T) < length, 1, 0), (B, T))))
+        np.testing.assert_allclose(got, alone[:, :length], atol=2e-6)
+
+
+@part
+def test_padding_does_not_leak(name):
+    b, x_BTD = built(name), inputs()
+    real_T = jnp.arange(T) < 15
+    ctx = context(jnp.broadcast_to(real_T.astype(jnp.int32), (B, T)))
+    clean = b.call(b.params, x_BTD, ctx)
+    dirty = b.call(b.params, jnp.where(real_T[:, None], x_BTD, 100.0), ctx)
+    np.testing.assert_array_equal(clean[:, :15], dirty[:, :15])
+    assert np.isfinite(np.asarray(dirty)).all()
+
+
+def decode(b: Built, x_BTD, chunks, cache, starts_B):
+    """Feeds x chunk by chunk; returns the outputs of all tokens."""
+    out, at = [], 0
+    for size in chunks:
+        positions_BT = starts_B[:, None] + at + jnp.arange(size)
+        ctx = Context(positions_BT=positions_BT, segments_BT=None, lengths_B=jnp.full(B, size))
+        y, cache = b.extend(b.params, x_BTD[:, at : at + size], cache, ctx)
+        out.append(y)
+        at += size
+    return jnp.concatenate(out, 1)
+
+
+@mixer
+@pytest.mark.parametrize("chunks", [(T,), (1, 7, 16), (1,) * T], ids=["prefill", "chunks", "steps"])
+def test_decoding_equals_the_whole_row(name, chunks):
+    b, x_BTD = built(name), inputs()
+    whole = b.call(b.params, x_BTD, context())
+    got = decode(b, x_BTD, chunks, b.part.init_cache(B, T, jnp.float32), jnp.zeros(B, jnp.int32))
+    np.testing.assert_allclose(got, whole, atol=1e-5)
+
+
+@mixer
+def test_ragged_rows_equal_each_row_alone(name):
+    b, x_BTD = built(name), inputs()
+    whole = b.call(b.params, x_BTD, context())
+    # Chunks of at most 7 tokens with a different number of real ones in each row; padding is huge, so a leak shows.
+    plan_CB = [(7, 3, 0), (2, 7, 7), (7, 7, 1), (0, 5, 7)]
+    at_B, cache = np.zeros(B, int), b.part.init_cache(B, T, jnp.float32)
+    for lengths_B in plan_CB:
+        x = np.full((B, 7, D), 50.0, np.float32)
+        for row, n in enumerate(lengths_B):
+            x[row, :n] = x_BTD[row, at_B[row] : at_B[row] + n]
+        ctx = Context(jnp.asarray(at_B[:, None] + np.arange(7)), None, jnp.asarray(lengths_B))
+        y, cache = b.extend(b.params, jnp.asarray(x), cache, ctx)
+        for row, n in enumerate(lengths_B):
+            np.testing.assert_allclose(y[row, :n], whole[row, at_B[row] : at_B[row] + n], atol=1e-5)
+        at_B += np.asarray(lengths_B)
+    assert np.isfinite(np.asarray(y)).all()
+
+
+@part
+def test_sharded_equals_one_device(name):
+    b, x_BTD = built(name), inputs()
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def spec(names, shape):
+        entries = [SHARDED.get(axis) for axis in names]
+        return PartitionSpec(*(a if a and n % 2 == 0 else None for a, n in zip(entries, shape)))
+
+    leaves = jax.tree.leaves(b.params)
+    placed = [jax.device_put(x, NamedSharding(mesh, spec(names, x.shape))) for x, names in zip(leaves, b.axes)]
+    x_sharded = jax.device_put(x_BTD[:2], NamedSharding(mesh, PartitionSpec("fsdp")))
+    ctx = Context.of(jnp.zeros((2, T)))
+    got = b.call(jax.tree.unflatten(b.tree, placed), x_sharded, ctx)
+    np.testing.assert_allclose(got, b.call(b.params, x_BTD[:2], ctx), atol=1e-5)
+    assert any(not x.sharding.is_fully_replicated for x in placed)
+
+
+@part
+def test_axes_name_every_dimension_of_every_parameter(name):
+    b = built(name)
+    for names, leaf in zip(b.axes, jax.tree.leaves(b.params), strict=True):
+        assert len(names) == leaf.ndim
+        assert set(names) <= set(axes.PARAMETER_AXES)
+        assert len(set(names)) == len(names), "a mesh axis would be used twice"
+
+
+@part
+def test_flops_are_what_xla_counts(name):
+    # Wide and short enough for matrix products to dominate, one block of queries so that nothing is skipped.
+    wide, length = 128, 32
+    graph, state = nnx.split(PARTS[name](wide, rngs=nnx.Rngs(params=0)))
+
+    def call(params, x_BTD):
+        return nnx.merge(graph, params)(x_BTD, Context.of(x_BTD[..., 0]))[0]
+
+    x_BTD = jax.ShapeDtypeStruct((1, length, wide), jnp.float32)
+    counted = jax.jit(call).lower(nnx.to_pure_dict(state), x_BTD).compile().cost_analysis()["flops"] / length
+    stated = nnx.merge(graph, state).flops_per_token(length)
+    assert stated <= counted * 1.02 and counted < stated * 1.35  # XLA also counts the invisible half, norms and softmax

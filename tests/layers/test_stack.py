@@ -1,0 +1,160 @@
+"""Scan, unrolling and rematerialisation are one function; what differs by layer arrives where it should."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from layers import kernels
+from layers.attention import Attention
+from layers.block import Block
+from layers.context import Context
+from layers.mlp import GatedMLP
+from layers.norm import RMSNorm
+from layers.stack import REMAT_POLICIES, Stack, unstack
+
+F = functools.partial
+D, T = 16, 12
+
+
+class Noisy(GatedMLP):
+    """A feed-forward that depends on the layer index and on the key, and reports both with a loss."""
+
+    def __call__(self, x_BTD, ctx):
+        y_BTD, _ = super().__call__(x_BTD, ctx)
+        noise = jax.random.normal(ctx.key, ())
+        return y_BTD * (1 + 0.1 * ctx.layer + noise), {"loss": jnp.mean(y_BTD**2), "noise": noise, "layer": ctx.layer}
+
+
+FULL = F(Block, mixer=F(Attention, heads=2), ffn=F(Noisy, width=8), norm=RMSNorm)
+LOCAL = F(Block, mixer=F(Attention, heads=2, window=3), ffn=F(GatedMLP, width=8), norm=RMSNorm, order="sandwich")
+
+
+def build(**knobs):
+    knobs = {"pattern": (FULL, LOCAL), "depth": 4, "prefix": (FULL,), "suffix": (LOCAL, FULL)} | knobs
+    return Stack(D, rngs=nnx.Rngs(params=0), **knobs)
+
+
+def value_and_gradient(**knobs):
+    graph, state = nnx.split(build(**knobs))
+    x_BTD = jax.random.normal(jax.random.key(1), (2, T, D))
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            y_BTD, aux = nnx.merge(graph, params)(x_BTD, Context.of(x_BTD[..., 0], key=jax.random.key(2)))
+            return jnp.sum(y_BTD**2) + jnp.sum(aux["loss"]), aux
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (value, aux), gradient = run(nnx.to_pure_dict(state))
+    return {"value": value, "aux": aux, "gradient": gradient}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return value_and_gradient(scan=False)
+
+
+@pytest.mark.parametrize(
+    ("scan", "remat"), [(True, "none"), (False, "full"), *((True, policy) for policy in REMAT_POLICIES)]
+)
+def test_scan_and_remat_change_nothing(expected, scan, remat):
+    got = value_and_gradient(scan=scan, remat=remat)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, expected)
+
+
+def test_layers_know_their_index_and_have_their_own_noise(expected):
+    # Layers 0 prefix, 1..4 repeated (full, local, full, local), 5 local, 6 full; only the full ones report.
+    np.testing.assert_array_equal(expected["aux"]["ffn/layer"], [0, 1, 3, 6])
+    assert len(set(np.asarray(expected["aux"]["ffn/noise"]).tolist())) == 4
+    assert expected["aux"]["loss"].shape == (4,)
+
+
+def test_remat_keeps_less():
+    def kept(remat):
+        graph, state = nnx.split(build(remat=remat, scan=True, depth=8))
+        params = nnx.to_pure_dict(state)
+        x_BTD = jnp.zeros((2, T, D))
+        loss = lambda params: jnp.sum(
+            nnx.merge(graph, params)(x_BTD, Context.of(x_BTD[..., 0], key=jax.random.key(0)))[0]
+        )  # noqa: E731
+        residuals = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+
+    assert kept("full") < kept("branches") < kept("none")
+
+
+def test_stacked_parameters_are_named_and_differ_by_layer():
+    stack = build()
+    kernel = stack.periods[0].mixer.query.kernel
+    assert kernel.get_metadata("axes") == ("layers", "embed", "heads", "head_dim") and kernel.shape == (2, D, 2, 8)
+    assert stack.prefix[0].mixer.query.kernel.get_metadata("axes") == ("embed", "heads", "head_dim")
+    assert not np.allclose(kernel[0], kernel[1])
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_decoding_equals_the_whole_row(scan):
+    quiet = F(Block, mixer=F(Attention, heads=2), ffn=None, norm=RMSNorm)
+    stack = build(pattern=(quiet, LOCAL), prefix=(quiet,), suffix=(), scan=scan)
+    x_BTD = jax.random.normal(jax.random.key(1), (2, T, D))
+    whole, _ = jax.jit(lambda x: stack(x, Context.of(x[..., 0])))(x_BTD)
+    extend = jax.jit(lambda x, cache, ctx: stack.extend(x, cache, ctx))
+    cache, at = stack.init_cache(2, T, jnp.float32), 0
+    for size in (8, 2, 2):
+        positions_BT = jnp.broadcast_to(at + jnp.arange(size), (2, size))
+        y, cache = extend(x_BTD[:, at : at + size], cache, Context(positions_BT, None))
+        np.testing.assert_allclose(y, whole[:, at : at + size], atol=2e-5)
+        at += size
+
+
+def test_unstack_gives_back_one_stacked_gradient():
+    tree = {"w": jnp.arange(6.0).reshape(3, 2), "count": jnp.arange(3)}
+    slices = unstack(tree, 3)
+    assert [int(s["count"]) for s in slices] == [0, 1, 2]
+    gradient = jax.grad(lambda w: sum((i + 1) * jnp.sum(s["w"] ** 2) for i, s in enumerate(unstack({"w": w}, 3))))
+    np.testing.assert_allclose(gradient(tree["w"]), 2 * tree["w"] * jnp.asarray([[1.0], [2.0], [3.0]]))
+    primitives = str(jax.make_jaxpr(gradient)(tree["w"]))
+    assert " pad[" not in primitives and "scatter" not in primitives
+
+
+def test_the_backend_chooses_and_says_so():
+    kernels.forget()
+    stack = build(prefix=(), suffix=(), pattern=(LOCAL,))
+    x = jax.ShapeDtypeStruct((2, T, D), jnp.float32)
+    run = lambda x: stack(x, Context.of(x[..., 0]))[0]  # noqa: E731
+    jax.eval_shape(run, x)
+    with kernels.compile_for("tpu"):
+        jax.eval_shape(lambda x: run(x), x)
+    assert [name for op, name, _ in kernels.report() if op == "layers"] == ["unrolled", "scan"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"depth": 5}, "Stack.depth=5 must be a positive multiple of the pattern's length 2"),
+        ({"depth": 0}, "Stack.depth=0"),
+        ({"pattern": ()}, "Stack.pattern is empty"),
+        ({"remat": "some"}, "Stack.remat='some'"),
+    ],
+)
+def test_refusals(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        build(**knobs)
+
+
+def test_metrics_of_one_name_and_two_shapes_are_refused():
+    class Wide(Noisy):
+        def __call__(self, x_BTD, ctx):
+            return x_BTD, {"noise": jnp.zeros(3)}
+
+    wide = F(Block, mixer=F(Attention, heads=2), ffn=F(Wide, width=8), norm=RMSNorm)
+    stack = build(prefix=(FULL,), suffix=(wide,))
+    with pytest.raises(ValueError, match="layers report 'ffn/noise' in different shapes"):
+        jax.eval_shape(
+            lambda x: stack(x, Context.of(x[..., 0], key=jax.random.key(0))),
+            jax.ShapeDtypeStruct((2, T, D), jnp.float32),
+        )
