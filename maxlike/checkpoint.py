@@ -24,6 +24,7 @@ from maxlike.errors import UserError
 
 PyTree = Any
 Say = Callable[[str], None]
+Expected = dict[str, Any] | Callable[[int], dict[str, Any]]
 LEFTOVER = re.compile(r"\d+\.(unfinished.*|removed)")
 
 
@@ -95,7 +96,7 @@ class Store:
     def save(self, step: int, state: PyTree, metadata: dict, metrics: dict[str, float] | None = None) -> None:
         """Saves `state` after `step` updates; returns once the state is on the host, so it may then be donated.
 
-        metadata: JSON; 'fingerprints' in it, {name: text}, is what `restore` compares. metrics: the latest validation
+        metadata: JSON; 'fingerprints' in it, {name: JSON}, is what `restore` compares. metrics: the latest validation
         metrics, for keep_best. A disk that is full or fails is counted and told, and the next save tries again;
         anything else is raised. Steps above `step` belong to a future that was given up: once this save is whole they
         are removed.
@@ -119,20 +120,21 @@ class Store:
             self.wait()
 
     def restore(
-        self, abstract_state: PyTree, expected: dict[str, str], step: int | None = None, allow: Collection[str] = ()
+        self, abstract_state: PyTree, expected: Expected, step: int | None = None, allow: Collection[str] = ()
     ) -> tuple[PyTree, dict]:
         """(state, metadata) of `step`, by default of the newest intact checkpoint, telling which were passed over.
 
         abstract_state: jax.ShapeDtypeStructs with shardings (any mesh; without one, the default device), NumPy arrays
             and Python numbers. expected: fingerprints that must be as saved, unless their names are in `allow` or in
-            Checkpoints.allow_changed.
+            Checkpoints.allow_changed; a function where they depend on the step.
         Raises UserError where no checkpoint is intact, a fingerprint changed, or a path, shape or dtype differs.
         """
         self.wait()
         step, damaged = self._choose(step)
         record = files.read_record(self.directory / str(step))
+        prints = expected(step) if callable(expected) else expected
         _check_fingerprints(
-            step, record.metadata.get("fingerprints", {}), expected, {*allow, *self._policy.allow_changed}
+            step, record.metadata.get("fingerprints", {}), prints, {*allow, *self._policy.allow_changed}
         )
         flat = checkpoint_tree.flatten(abstract_state)
         wanted = {path: checkpoint_tree.describe(path, leaf) for path, leaf in flat.items()}
@@ -269,7 +271,7 @@ class Store:
                     shutil.rmtree(path, ignore_errors=True)
 
 
-def _check_fingerprints(step: int, saved: dict[str, str], expected: dict[str, str], allowed: set[str]) -> None:
+def _check_fingerprints(step: int, saved: dict[str, Any], expected: dict[str, Any], allowed: set[str]) -> None:
     for name, value in expected.items():
         if name not in allowed and saved.get(name) != value:
             raise UserError(

@@ -29,19 +29,26 @@ class RunDirectory:
 
     path: the directory; 'own' creates it with its parents.
     mode: 'own' for the process that trains: checks that it can write, and holds a lock (flock on `lock`) that vanishes
-        with the process. 'join' for the further processes of the same job, which neither lock nor create. 'read' for
-        evaluation and generation, which may look at a run that is being trained.
-    Raises UserError where the directory cannot be written, belongs to a living process, or (join, read) is not there.
+        with the process. 'join' for the further processes of the same job, which do not lock. 'read' for evaluation
+        and generation, which may look at a run that is being trained.
+    Raises UserError where the directory cannot be written, belongs to a living process, or (read) is not there.
     """
 
     def __init__(self, path: pathlib.Path | str, *, mode: Literal["own", "join", "read"] = "own"):
         self.path = pathlib.Path(path).absolute()
         self.mode = mode
         self._lock: int | None = None
+        if mode != "read":
+            self._create()
         if mode == "own":
             self._acquire()
         elif not self.path.is_dir():
             raise UserError(f"there is no run in {self.path}: train it first, or correct --run_dir")
+
+    @classmethod
+    def existing(cls, path: pathlib.Path | str) -> "RunDirectory":
+        """A run to look at, never to change."""
+        return cls(path, mode="read")
 
     @property
     def config(self) -> pathlib.Path:
@@ -92,15 +99,23 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _acquire(self) -> None:
+    def _create(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: OSError) -> UserError:
+        return UserError(
+            f"the run directory {self.path} cannot be written ({error.strerror}): "
+            "make it writable, or name another one with --run_dir"
+        )
+
+    def _acquire(self) -> None:
+        try:
             descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UserError(
-                f"the run directory {self.path} cannot be written ({error.strerror}): "
-                "make it writable, or name another one with --run_dir"
-            ) from error
+            raise self._not_writable(error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)

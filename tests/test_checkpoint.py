@@ -225,6 +225,7 @@ def test_a_changed_fingerprint_is_refused_by_name_unless_allowed(two_saved):
     with pytest.raises(UserError, match=r"the weights changed .*then not recorded"):
         store.restore(abstract(make_state()), PRINTS | {"weights": "w"})
     store.restore(abstract(make_state()), changed, allow={"tokenizer"})
+    store.restore(abstract(make_state()), lambda step: PRINTS | {"data": f"d{step}"}, step=1)
     Checkpoints(allow_changed=("tokenizer",)).open(two_saved, read_only=True).restore(abstract(make_state()), changed)
 
 

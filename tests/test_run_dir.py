@@ -68,12 +68,15 @@ def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatc
         RunDirectory(tmp_path / "run")
 
 
-def test_reading_and_joining_neither_create_nor_lock(tmp_path):
-    for mode in ("read", "join"):
-        with pytest.raises(UserError, match="no run in"):
-            RunDirectory(tmp_path / "absent", mode=mode)
-    RunDirectory(tmp_path, mode="read")
+def test_reading_changes_nothing_and_joining_does_not_lock(tmp_path):
+    with pytest.raises(UserError, match="no run in"):
+        RunDirectory.existing(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+    RunDirectory(tmp_path / "run", mode="join")
+    RunDirectory.existing(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+    with RunDirectory(tmp_path / "run"):
+        RunDirectory(tmp_path / "run", mode="join")
 
 
 def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
