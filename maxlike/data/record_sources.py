@@ -9,7 +9,8 @@ from typing import Literal
 from array_record.python import array_record_module
 
 from maxlike.data import files
-from maxlike.data.sources import FileSource, Source, member, needs
+from maxlike.data.optional import needs
+from maxlike.data.sources import FileSource, Source, member
 from maxlike.errors import UserError
 
 _RECORDS_A_PART = 10_000

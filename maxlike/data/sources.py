@@ -7,8 +7,6 @@ Nothing is opened before it is read, so an experiment can be built where its dat
 
 import collections
 import gzip
-import importlib
-import io
 import itertools
 import json
 import pathlib
@@ -18,18 +16,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 from maxlike.data import files
+from maxlike.data.optional import needs, open_compressed
 from maxlike.errors import UserError
 
 _FIRST_BYTE_OF_CHARACTER = re.compile(rb"[\x00-\x7f\xc0-\xff]")
 _SURROGATE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
-
-
-def needs(module: str, package: str, knob: str):
-    """Import an optional dependency, or say how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"{knob} needs {package} ({error}); install it with: pip install 'maxlike[data]'") from error
 
 
 class Source:
@@ -225,39 +216,6 @@ def _has_lone_surrogate(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
-
-
-def open_compressed(path: pathlib.Path) -> io.BufferedIOBase:
-    """A binary stream of a plain, .gz or .zst file."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        zstandard = needs("zstandard", "zstandard", f"Reading {path.name}")
-        return _checked_zstd(zstandard, path)
-    return open(path, "rb")
-
-
-def _checked_zstd(zstandard, path: pathlib.Path) -> io.BufferedIOBase:
-    class Checked(io.RawIOBase):
-        """A decompressing stream whose faults read like gzip's."""
-
-        def __init__(self):
-            self.stream = zstandard.open(path, "rb")
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer) -> int:
-            try:
-                return self.stream.readinto(buffer)
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
-
-        def close(self) -> None:
-            self.stream.close()
-            super().close()
-
-    return io.BufferedReader(Checked(), 1 << 17)
 
 
 class Parquet(FileSource):

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 
 from maxlike.data import files
-from maxlike.data.sources import needs
+from maxlike.data.optional import needs
 from maxlike.errors import UserError
 
 
