@@ -17,6 +17,7 @@ from layers.mlp import GatedMLP
 from layers.norm import RMSNorm
 from layers.rope import RoPE
 from layers.stack import Stack
+from tests.reference.random import random_module
 
 F = functools.partial
 BLOCK = F(Block, mixer=F(Attention, heads=2, rope=RoPE), ffn=F(GatedMLP, width=24), norm=RMSNorm)
@@ -25,19 +26,25 @@ TOKENS = jax.random.randint(jax.random.key(1), (3, 10), 0, 50)
 
 def build(**knobs):
     knobs = {"vocab": 50, "dim": 16, "stack": F(Stack, pattern=(BLOCK,), depth=2), "norm": RMSNorm} | knobs
-    return LanguageModel(rngs=nnx.Rngs(params=0), **knobs)
+    return nnx.merge(*random_module(lambda rngs: LanguageModel(rngs=rngs, **knobs))[:2])
 
 
 def test_a_few_steps_of_descent_learn_a_sequence():
-    graph, state = nnx.split(build(head=F(Head, tied=False)))
+    stack = F(Stack, pattern=(BLOCK,), depth=1)
+    make = lambda: LanguageModel(vocab=50, dim=16, stack=stack, norm=RMSNorm, rngs=nnx.Rngs(params=0))  # noqa: E731
+    graph = jax.eval_shape(lambda: nnx.split(make()))[0]
 
     def loss(params):
         model = nnx.merge(graph, params)
         logits_BTV = model.logits(model(TOKENS[:, :-1], Context.of(TOKENS[:, :-1])).hidden_BTD)
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), TOKENS[:, 1:, None], -1))
 
-    step = jax.jit(lambda p: (loss(p), jax.tree.map(lambda x, g: x - 0.3 * g, p, jax.grad(loss)(p))))
-    params, values = nnx.to_pure_dict(state), []
+    @jax.jit
+    def step(params):
+        value, gradient = jax.value_and_grad(loss)(params)
+        return value, jax.tree.map(lambda x, g: x - 0.3 * g, params, gradient)
+
+    params, values = jax.jit(lambda: nnx.to_pure_dict(nnx.split(make())[1]))(), []
     for _ in range(30):
         value, params = step(params)
         values.append(float(value))
@@ -46,7 +53,7 @@ def test_a_few_steps_of_descent_learn_a_sequence():
 
 def test_the_padded_vocabulary_is_never_predicted():
     model = build(vocab_multiple=16)
-    logits = model.logits(model(TOKENS, Context.of(TOKENS)).hidden_BTD)
+    logits = model.logits(jax.random.normal(jax.random.key(0), (3, 10, 16)))
     assert model.embed.table.shape == (64, 16) and logits.shape == (3, 10, 64) and logits.dtype == jnp.float32
     assert np.all(np.asarray(logits[..., 50:]) == -np.inf) and np.isfinite(np.asarray(logits[..., :50])).all()
     gradient = jax.grad(lambda h: jax.nn.logsumexp(model.logits(h), -1).sum())(jnp.ones((1, 1, 16)))
@@ -75,7 +82,7 @@ def test_embedding_scale_and_learned_positions():
 
 def test_unequal_prompts_decode_as_each_alone():
     model = build(embed=F(Embed, positions=10))
-    whole = model(TOKENS, Context.of(TOKENS)).hidden_BTD
+    whole = jax.jit(lambda tokens: model(tokens, Context.of(tokens)).hidden_BTD)(TOKENS)
     extend = jax.jit(lambda tokens, cache, lengths: model.extend(tokens, cache, lengths))
     lengths = np.asarray([6, 2, 4])
     hidden, cache = extend(TOKENS[:, :6], model.init_cache(3, 10, jnp.float32), jnp.asarray(lengths))
@@ -97,6 +104,14 @@ def test_flops_count_the_head_and_triple_the_forward_pass():
     assert build().flops_per_token(64) == 6 * (sum(sizes) + 16 * 50) + 6 * 2 * 64 * 16
 
 
+def attention(heads=2, **knobs):
+    return Attention(16, heads=heads, rngs=nnx.Rngs(params=0), **knobs)
+
+
+def gated(**knobs):
+    return GatedMLP(16, rngs=nnx.Rngs(params=0), **knobs)
+
+
 @pytest.mark.parametrize(
     ("build_it", "message"),
     [
@@ -106,16 +121,16 @@ def test_flops_count_the_head_and_triple_the_forward_pass():
         (lambda: build(head=F(Head, scale=0.0)), "Head.scale=0.0"),
         (lambda: build(embed=F(Embed, scale=0.0)), "Embed.scale=0.0"),
         (lambda: build(embed=F(Embed, positions=-1)), "Embed.positions=-1"),
-        (lambda: Attention(16, heads=3, kv_heads=2, rngs=nnx.Rngs(params=0)), "Attention.kv_heads=2"),
-        (lambda: Attention(16, heads=3, rngs=nnx.Rngs(params=0)), "Attention.heads=3"),
-        (lambda: Attention(16, heads=2, window=0, rngs=nnx.Rngs(params=0)), "Attention.window=0"),
-        (lambda: Attention(16, heads=2, soft_cap=0.0, rngs=nnx.Rngs(params=0)), "Attention.soft_cap=0.0"),
+        (lambda: attention(heads=3, kv_heads=2), "Attention.kv_heads=2"),
+        (lambda: attention(heads=3), "Attention.heads=3"),
+        (lambda: attention(window=0), "Attention.window=0"),
+        (lambda: attention(soft_cap=0.0), "Attention.soft_cap=0.0"),
         (
-            lambda: Attention(16, heads=2, causal=False, rngs=nnx.Rngs(params=0)).init_cache(1, 4, jnp.float32),
+            lambda: attention(causal=False).init_cache(1, 4, jnp.float32),
             "no cache",
         ),
-        (lambda: GatedMLP(16, width=0, rngs=nnx.Rngs(params=0)), "GatedMLP.width=0"),
-        (lambda: GatedMLP(16, width=4, activation="tanh", rngs=nnx.Rngs(params=0)), "GatedMLP.activation='tanh'"),
+        (lambda: gated(width=0), "GatedMLP.width=0"),
+        (lambda: gated(width=4, activation="tanh"), "GatedMLP.activation='tanh'"),
     ],
 )
 def test_refusals(build_it, message):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.rope import Llama3Scaling, LinearScaling, NTKScaling, RoPE, YaRN
+from layers.rope import LinearScaling, Llama3Scaling, NTKScaling, RoPE, YaRN
 
 X = jax.random.normal(jax.random.key(0), (2, 6, 3, 16))
 POSITIONS = jnp.asarray([[0, 1, 2, 3, 4, 5], [7, 8, 9, 0, 1, 2]])
