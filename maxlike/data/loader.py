@@ -43,12 +43,17 @@ class BatchIterator:
         return self
 
     def __next__(self) -> Batch:
+        if self._batches is None:
+            raise StopIteration
         batch = next(self._batches)
         self.step += 1
         return batch
 
     def close(self) -> None:
-        self._batches.close()
+        """Stop reading ahead and end the workers. Closing twice is no error; a closed iterator is at its end."""
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
 
     def __enter__(self) -> "BatchIterator":
         return self
