@@ -34,11 +34,14 @@ SIZES = {
 }
 
 
-def make(seed: int, scale: float = 1.0) -> dict:
+FEW = {"table": ("vocab", "embed"), "norm": ("layers", "norm"), "up": ("layers", "embed", "mlp")}
+
+
+def make(seed: int, axes: dict) -> dict:
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda axes: (scale * rng.normal(size=[SIZES[axis] for axis in axes])).astype(np.float32),
-        AXES,
+        lambda axes: rng.normal(size=[SIZES[axis] for axis in axes]).astype(np.float32),
+        axes,
         is_leaf=lambda leaf: isinstance(leaf, tuple),
     )
 
@@ -49,8 +52,14 @@ def axes() -> dict:
 
 
 @pytest.fixture
+def few() -> dict:
+    """One parameter of each kind, for tests that compile: an embedding, a vector, a stack of matrices."""
+    return FEW
+
+
+@pytest.fixture
 def tensors():
-    """tensors(seed, scale): a parameter or gradient tree for `axes`."""
+    """tensors(seed, axes): a parameter or gradient tree."""
     return make
 
 
@@ -64,7 +73,7 @@ def run():
             updates, state = transformation.update(grads, state, params)
             return jax.tree.map(lambda p, u: p + u, params, updates), state
 
-        state = jax.jit(transformation.init)(params)
+        state = transformation.init(params)
         for grads in gradients:
             params, state = step(params, state, grads)
         return params, state

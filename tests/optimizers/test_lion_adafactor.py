@@ -15,9 +15,9 @@ def close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
 
 
-def test_lion_agrees_with_optax(axes, tensors, run):
-    params, gradients = tensors(0), [tensors(seed) for seed in range(1, 4)]
-    ours = Lion(schedule=Constant(lr=0.1), weight_decay=0.0)(axes, CLOCK)
+def test_lion_agrees_with_optax(few, tensors, run):
+    params, gradients = tensors(0, few), [tensors(seed, few) for seed in range(1, 4)]
+    ours = Lion(schedule=Constant(lr=0.1), weight_decay=0.0)(few, CLOCK)
     close(run(ours, params, gradients)[0], run(optax.lion(0.1, weight_decay=0.0), params, gradients)[0])
 
 
