@@ -37,7 +37,7 @@ def resolve(path: str, knob: str) -> pathlib.Path:
 
 def expand(paths: str | tuple[str, ...], knob: str) -> list[pathlib.Path]:
     """The files that paths and glob patterns name, each pattern's in sorted order. Refuses a pattern that matches
-    nothing, an empty file, and the same file twice, by name."""
+    nothing, an empty or unreadable file, and the same file twice, by name."""
     found = []
     for path in (paths,) if isinstance(paths, str) else tuple(paths):
         where = resolve(path, knob)
@@ -53,6 +53,8 @@ def expand(paths: str | tuple[str, ...], knob: str) -> list[pathlib.Path]:
     for number, file in enumerate(found):
         if file.stat().st_size == 0:
             raise UserError(f"{knob}: {file} is empty; remove it from the source or write it again")
+        if not os.access(file, os.R_OK):
+            raise UserError(f"{knob}: {file} cannot be read; change its permissions")
         if file in found[:number]:
             raise UserError(f"{knob} names {file} twice; each file may occur once")
     return found

@@ -109,7 +109,8 @@ def verify(directory: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def building(directory: pathlib.Path) -> Iterator[None]:
-    """Only one process at a time is inside for one directory; the system lets go of the lock of one that dies."""
+    """Only one process at a time is inside for one directory; the system lets go of the lock of one that dies. Hosts
+    that share `directory` over a network need a file system whose flock spans hosts (NFS 4, Lustre with -o flock)."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with open(directory / ".lock", "w") as lock:

@@ -3,9 +3,16 @@
 import json
 import random
 
+import hypothesis
 import pytest
 
 from maxlike.data import sources
+
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

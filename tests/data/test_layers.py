@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from maxlike.data.rows import PADDING
 from maxlike.errors import UserError
 
 BYTES = tokenizers.Bytes()
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(pathlib.Path(store.__file__).parents[2])}
 
 
 def build_tokens(source, cache, workers=0, tokenizer=BYTES):
@@ -119,7 +121,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(corpus, cache, tmp_path, small
     shards = len(tokens.manifest["shards"])
     for fatal in (2, shards, 2, 4):
         command = [sys.executable, "-c", KILLED, corpus.paths, str(other), str(fatal)]
-        assert subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}).returncode == -signal.SIGKILL
+        assert subprocess.run(command, env=ENVIRONMENT).returncode == -signal.SIGKILL
     again = build_tokens(corpus, other)
     assert digest(again.directory) == digest(tokens.directory)
     assert digest(build_rows(again, other, 32, "best_fit").directory) == digest(packed.directory)
@@ -150,7 +152,7 @@ def flip(path, at):
 def test_two_processes_may_build_the_same_store(corpus, cache, small_shards, tmp_path):
     script = KILLED.replace("store.files.replace = replace", "")
     command = [sys.executable, "-c", script, corpus.paths, str(cache), "0"]
-    both = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()}) for _ in range(2)]
+    both = [subprocess.Popen(command, env=ENVIRONMENT) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     there = build_tokens(corpus, tmp_path / "alone")
     assert digest(build_tokens(corpus, cache).directory) == digest(there.directory)

@@ -191,6 +191,13 @@ def test_refusals(tmp_path, make, message):
         read(make(tmp_path))
 
 
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("hello")
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"a\.txt cannot be read; change its permissions"):
+        read(sources.Text(paths=str(tmp_path / "a.txt")))
+
+
 @pytest.mark.parametrize("module", ["zstandard", "pyarrow.parquet"])
 def test_a_missing_extra_is_named_with_its_install_line(tmp_path, monkeypatch, module):
     (tmp_path / "a.zst").write_bytes(b"x")
