@@ -5,17 +5,26 @@ import rich.markup
 import rich.table
 
 
-def table(title: str, rows: list[dict]) -> rich.table.Table:
-    """A table of plain dicts with the same keys."""
-    shown = rich.table.Table(title=title, title_justify="left")
-    for key in rows[0]:
-        shown.add_column(key, justify="right" if key != "source" else "left")
-    for row in rows:
-        shown.add_row(*(f"{value:,.4f}" if isinstance(value, float) else _plain(value) for value in row.values()))
+_SOURCES_A_TABLE = 5  # a column each: what 80 characters hold
+
+
+def tables(title: str, rows: list[dict]) -> list[rich.table.Table]:
+    """Tables of plain dicts with the same keys, a column for each dict, named by its 'source'."""
+    shown = []
+    for start in range(0, len(rows), _SOURCES_A_TABLE):
+        some = rows[start : start + _SOURCES_A_TABLE]
+        shown.append(rich.table.Table("", title=title, title_justify="left"))
+        for row in some:
+            shown[-1].add_column(_plain(row["source"]), justify="right", overflow="fold")
+        for key in some[0]:
+            if key != "source":
+                shown[-1].add_row(key, *(_plain(row[key]) for row in some))
     return shown
 
 
 def _plain(value) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4f}"
     return f"{value:,}" if isinstance(value, int) else rich.markup.escape(str(value))
 
 
@@ -36,9 +45,9 @@ def data(experiment, run, *, step: int = 0, rows: int = 4, verify: bool = False)
         validation = experiment.data.open_validation(
             sequence_length=experiment.sequence_length, batch_size=experiment.batch_size
         )
-        console.print(table("Validation sources", validation.describe()))
+        console.print(*tables("Validation sources", validation.describe()))
     given = [{"source": name} | values for name, values in batches.accounting(step).items()]
-    console.print(table(f"Given before step {step}; asked and realised share of rows", given))
+    console.print(*tables(f"Given before step {step}; asked and realised share of rows", given))
     for piece, text in zip(batches.documents(step), batches.text(step)):
         if piece.row < rows:
             where = f"row {piece.row}: {piece.source} {piece.document}, tokens {piece.offset} to "
