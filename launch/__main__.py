@@ -1,4 +1,4 @@
-"""`python -m launch --experiment NAME [--job J] [--overlay O ...] [--set knob=value ...] [--run_dir D] [--flag value ...]`."""
+"""python -m launch --experiment NAME [--job J] [--overlay O ...] [--set knob=value ...] [--run_dir D] [--flag ...]"""
 
 import argparse
 import inspect
@@ -59,7 +59,9 @@ def _job_flags(job: typing.Callable, rest: list[str], name: str) -> dict[str, ob
         knob = flag[2:].replace("-", "_")
         if knob not in known:
             choices = ", ".join(f"--{k}" for k in known) or "none"
-            raise UserError(f"the job {name} has no flag {flag}{catalog.nearest(knob, known)}; its own flags: {choices}")
+            raise UserError(
+                f"the job {name} has no flag {flag}{catalog.nearest(knob, known)}; its own flags: {choices}"
+            )
         if not equals:
             value = next(words, None)
             if value is None:

@@ -161,4 +161,3 @@ def _mistakes_as_sentences(name: str) -> Iterator[None]:
         raise UserError(
             f"experiment {name}: {owner} needs {' and '.join(knobs)}; bind `{owner}.{knobs[0]} = ...` in the gin file"
         ) from error
-

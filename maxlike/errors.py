@@ -3,4 +3,4 @@
 
 class UserError(ValueError):
     """A mistake or a condition the user can mend. Its text is one sentence that names the fix; the command line prints
-    it without a traceback and exits with code 2. Anything else that escapes is a fault of ours and keeps its traceback."""
+    it without a traceback and exits with code 2. Anything else that escapes is our fault and keeps its traceback."""

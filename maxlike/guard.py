@@ -48,8 +48,11 @@ class Guard:
         zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
         return {"mean": zero, "variance": zero, "seen": count, "skipped": count, "bad_in_a_row": count}
 
-    def judge(self, watch: dict[str, Any], loss: jax.Array, grad_norm: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """(whether the step is bad, the new statistics). Bad losses do not enter the statistics."""
+    def judge(
+        self, watch: dict[str, Any], loss: jax.Array, grad_norm: jax.Array, allow: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """(whether the step is bad, the new statistics). Bad losses do not enter them; a step that is bad or not
+        allowed counts as skipped."""
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         if self.spike_sigmas is not None:
             limit = watch["mean"] + self.spike_sigmas * jnp.sqrt(watch["variance"])
@@ -63,7 +66,7 @@ class Guard:
             "mean": jnp.where(bad, watch["mean"], mean),
             "variance": jnp.where(bad, watch["variance"], variance),
             "seen": watch["seen"] + jnp.where(bad, 0, 1),
-            "skipped": watch["skipped"] + bad,
+            "skipped": watch["skipped"] + (bad | ~allow),
             "bad_in_a_row": jnp.where(bad, watch["bad_in_a_row"] + 1, 0),
         }
         return bad, new

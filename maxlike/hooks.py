@@ -39,7 +39,8 @@ def _every(owner: str, every: int) -> int:
 class Validate(Hook):
     """Loss and bits per byte on the validation split, every `every` steps and after the last one.
 
-    Writes a line with split `validation` to metrics.jsonl; `Checkpoints.keep_best` chooses by it. Needs `Data.validation`.
+    Writes a line with split `validation` to metrics.jsonl, which `Checkpoints.keep_best` chooses by. Needs
+    `Data.validation`.
     """
 
     def __init__(self, *, every: int = 200):
@@ -95,7 +96,7 @@ class Sample(Hook):
 
 
 class Profile(Hook):
-    """Writes a trace of `steps` steps, starting after step `start`, under the run's `profile/` (TensorBoard, Perfetto)."""
+    """Writes a trace of `steps` steps from step `start` on under the run's `profile/`, for TensorBoard or Perfetto."""
 
     def __init__(self, *, start: int = 20, steps: int = 3):
         if start < 1 or steps < 1:

@@ -59,12 +59,14 @@ class Program:
         return make(jnp.asarray(self.experiment.seed, jnp.uint32))
 
     def lower_step(self) -> jax.stages.Lowered:
-        """`(state, batch, allow) -> (state, metrics)`, ready to compile; the state is donated. Needs no device memory."""
+        """`(state, batch, allow) -> (state, metrics)`, ready to compile; the state is donated. Touches no device."""
         experiment = self.experiment
+        rate = experiment.optimizer.schedule(experiment.clock)
 
         def step(state: dict, batch: dict, allow: jax.Array) -> tuple[dict, dict]:
+            updates = state["step"] - state["guard"]["skipped"]
             with axes.place_with(self.layout.activation):
-                return experiment.step.update(
+                state, metrics = experiment.step.update(
                     state,
                     batch,
                     allow,
@@ -72,6 +74,7 @@ class Program:
                     objective=experiment.objective,
                     optimizer=self.optimizer,
                 )
+            return state, metrics | {"learning_rate": rate(updates)}
 
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, self.layout.replicated))
         allow = jax.ShapeDtypeStruct((), jnp.bool_, sharding=self.layout.replicated)

@@ -81,7 +81,7 @@ class Step:
         if self.clip_norm is not None:
             scale = jnp.minimum(1.0, self.clip_norm / jnp.maximum(grad_norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
-        bad, watch = self.guard.judge(state["guard"], loss.value(), grad_norm)
+        bad, watch = self.guard.judge(state["guard"], loss.value(), grad_norm, allow)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         changed = {"params": params, "opt": opt}

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from layers import kernels
 from maxlike import interrupt
 from maxlike.checkpoint import Store
 from maxlike.data.data import Batches
@@ -88,9 +89,10 @@ def train(experiment: Experiment, run_dir: str | pathlib.Path) -> dict[str, floa
             seed=experiment.seed,
             steps=experiment.steps,
         )
+        kernels.forget()
         began = time.monotonic()
         step_function = program.lower_step().compile()
-        log.start(program, batches, step_function.memory_analysis(), compiled_in=time.monotonic() - began)
+        log.start(program, batches, step_function, time.monotonic() - began)
         store = experiment.checkpoints.open(run.checkpoints, say=log.say)
         training = Training(experiment, program, run, batches, store, log)
         try:
@@ -150,7 +152,7 @@ def _loop(training: Training, step_function: jax.stages.Compiled) -> None:
     if step < experiment.steps:
         log.say(f"stopped as asked after step {step}, checkpoint saved; the same command continues")
     else:
-        log.finish(training)
+        log.finish()
 
 
 class Rewind(Exception):

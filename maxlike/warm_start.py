@@ -2,9 +2,10 @@
 
 import pathlib
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from maxlike import checkpoint_files as files
@@ -55,6 +56,34 @@ def load_parameters(
         raise UserError(f"the mapping uses a parameter of {directory} twice: give each parameter a source of its own")
     leaves = files.read_leaves(directory, wanted, saved_tree)
     return jax.tree.unflatten(jax.tree.structure(abstract_params), list(leaves.values()))
+
+
+class WarmStart:
+    """Begin with the parameters of another run. Bound in `Experiment.warm_start`, used while a run has no checkpoint.
+
+    source, mapping, tree, ignore: see `load_parameters`; the default mapping takes every parameter by its own name.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        mapping: dict[str, str] | None = None,
+        tree: Literal["params", "ema"] = "params",
+        ignore: tuple[str, ...] = (),
+    ):
+        self.source = pathlib.Path(source)
+        self.mapping = {"": ""} if mapping is None else dict(mapping)
+        self.tree = tree
+        self.ignore = tuple(ignore)
+
+    def __call__(self, state: dict, abstract_state: dict, say: Callable[[str], None]) -> dict:
+        """`state` with the other run's parameters, in the average too; the optimizer begins anew."""
+        params = load_parameters(
+            self.source, abstract_state["params"], self.mapping, tree=self.tree, ignore=self.ignore, say=say
+        )
+        say(f"parameters taken from {self.source}")
+        return state | {"params": params} | ({"ema": jax.tree.map(jnp.copy, params)} if "ema" in state else {})
 
 
 def _within(path: str, root: str) -> bool:

@@ -47,9 +47,7 @@ def shape(experiment, *names):
 
 
 def test_loads_with_overlay_and_binding(tiny):
-    experiment = config.load(
-        str(tiny), overlays=["mesh/fsdp"], bindings=["steps = 7", "step.Step.micro_batches = 2"]
-    )
+    experiment = config.load(str(tiny), overlays=["mesh/fsdp"], bindings=["steps = 7", "step.Step.micro_batches = 2"])
     assert experiment.steps == 7 and experiment.step.micro_batches == 2
     assert experiment.mesh.shape == {"fsdp": -1}
     assert experiment.config.doc == "A model for tests."
@@ -84,7 +82,10 @@ def test_a_replaced_class_leaves_its_knobs_behind(tiny):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("attention.Attention.headz = 3", r"tiny.gin:\d+: attention.Attention has no knob 'headz': did you mean 'heads'"),
+        (
+            "attention.Attention.headz = 3",
+            r"tiny.gin:\d+: attention.Attention has no knob 'headz': did you mean 'heads'",
+        ),
         ("attentio.Attention.heads = 3", r"tiny.gin:\d+: 'attentio' is not imported: did you mean 'attention'"),
         ("attention.Attentio.heads = 3", r"attention has no 'Attentio': did you mean 'Attention'"),
         ("attention.Attention.heads = 3.5", r"Attention.heads takes int, got 3.5 \(float\)"),

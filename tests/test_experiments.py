@@ -1,4 +1,4 @@
-"""Every experiment file builds abstractly, matches its golden parameter table, and its tiny twin trains to golden losses.
+"""Every experiment builds abstractly, matches its golden parameter table, and its tiny twin trains to golden losses.
 
 `pytest tests/test_experiments.py --update-goldens` rewrites the goldens; read the difference before committing it.
 """

@@ -84,9 +84,11 @@ def test_moments_lie_where_their_parameters_lie(optimizer):
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         sharding = placed
         for key in path:
-            sharding = sharding[getattr(key, "key", getattr(key, "idx", None))] if hasattr(key, "key") or hasattr(
-                key, "idx"
-            ) else getattr(sharding, key.name)
+            sharding = (
+                sharding[getattr(key, "key", getattr(key, "idx", None))]
+                if hasattr(key, "key") or hasattr(key, "idx")
+                else getattr(sharding, key.name)
+            )
         assert sharding.spec == (P("fsdp", "tensor") if leaf.shape == (8, 4) else P(*[None] * len(sharding.spec)))
 
 

@@ -108,16 +108,16 @@ def test_a_step_that_is_not_allowed_is_dropped():
 def test_a_spike_is_bad_only_after_the_loss_has_settled():
     guard = Guard(spike_sigmas=6.0)
     judge = jax.jit(guard.judge)
-    watch, one = guard.init(), jnp.float32(1)
-    assert not judge(watch, jnp.float32(1e9), one)[0]
+    watch, one, allow = guard.init(), jnp.float32(1), jnp.bool_(True)
+    assert not judge(watch, jnp.float32(1e9), one, allow)[0]
     rng = np.random.default_rng(0)
     for _ in range(80):
-        bad, watch = judge(watch, jnp.float32(3 + 0.1 * rng.standard_normal()), one)
+        bad, watch = judge(watch, jnp.float32(3 + 0.1 * rng.standard_normal()), one, allow)
         assert not bad
     assert abs(float(watch["mean"]) - 3) < 0.1 and 0.03 < float(watch["variance"]) ** 0.5 < 0.3
-    assert not judge(watch, jnp.float32(3.2), one)[0]
-    assert judge(watch, jnp.float32(5.0), one)[0]
-    assert judge(watch, jnp.float32(3.0), jnp.float32(np.inf))[0]
+    assert not judge(watch, jnp.float32(3.2), one, allow)[0]
+    assert judge(watch, jnp.float32(5.0), one, allow)[0]
+    assert judge(watch, jnp.float32(3.0), jnp.float32(np.inf), allow)[0]
 
 
 def test_ema_and_clip_follow_their_formulas():

@@ -2,6 +2,8 @@ import contextlib
 import json
 import resource
 import struct
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,16 @@ def test_a_line_is_on_disk_when_write_returns_and_is_strict_json(run):
     writer.close()
     assert ("train/loss", 1, 1.5) in events(run)
     assert ("validation/loss", 1, 2.0) in events(run)
+
+
+def test_metrics_do_not_bring_in_pytorch(run):
+    code = (
+        "import sys; from maxlike import run_dir, writers\n"
+        "writer = writers.MetricsWriter(run_dir.RunDirectory(sys.argv[1]))\n"
+        "writer.write(1, 'train', {'loss': 1.0}); writer.close()\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(run.path / "inner")], check=True)
 
 
 def test_resuming_leaves_each_step_once(run):
