@@ -3,11 +3,11 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from absl import logging
-from tensorboardX import SummaryWriter
 
 from maxlike.run_dir import RunDirectory
 
@@ -28,7 +28,7 @@ class MetricsWriter:
         self._waiting: list[bytes] = []
         self._failing = False
         self._file = self._path.open("ab", buffering=0)
-        self._events: SummaryWriter | None = None
+        self._events: Any = None
         self._purge_from: int | None = None
 
     def write(self, step: int, split: Literal["train", "validation"], values: dict[str, Value]) -> None:
@@ -37,7 +37,7 @@ class MetricsWriter:
         self._waiting.append(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._flush()
         if self._events is None:
-            self._events = SummaryWriter(self._events_directory, purge_step=self._purge_from, flush_secs=20)
+            self._events = _event_writer(self._events_directory, self._purge_from)
         for name, value in values.items():
             if value is not None and not isinstance(value, str):
                 self._events.add_scalar(f"{split}/{name}", float(value), step)
@@ -79,6 +79,20 @@ class MetricsWriter:
             return
         self._waiting = []
         self._failing = False
+
+
+def _event_writer(directory: str, purge_from: int | None) -> Any:
+    """A tensorboardX.SummaryWriter. Imported when the first metrics are there, and with PyTorch out of its sight: where
+    that is installed tensorboardX imports it, which takes seconds and hundreds of megabytes, to draw torch graphs."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(directory, purge_step=purge_from, flush_secs=20)
 
 
 def _json_value(value: Value) -> Value:

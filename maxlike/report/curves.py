@@ -51,15 +51,8 @@ def draw(curve: Curve, records: list[dict]) -> bytes | None:
         axes.plot(
             *validation, color=VALIDATION, linewidth=1.4, marker="o", markersize=3.5, label="validation", zorder=3
         )
-        last = f"{validation[1][-1]:.4g}"
-        axes.annotate(
-            last,
-            (validation[0][-1], validation[1][-1]),
-            (0, 7),
-            textcoords="offset points",
-            ha="right",
-            color=VALIDATION,
-        )
+        end = (validation[0][-1], validation[1][-1])
+        axes.annotate(f"{end[1]:.3f}", end, (0, 7), textcoords="offset points", ha="right", color=VALIDATION)
         if len(train[0]):
             axes.legend(frameon=False, labelcolor=INK)
     _limits(axes, np.concatenate([train[1], validation[1]]), curve.from_zero)
@@ -93,10 +86,13 @@ def running_mean(y: np.ndarray, window: int) -> np.ndarray:
 
 
 def _limits(axes, y: np.ndarray, from_zero: bool) -> None:
-    """A few spikes must not flatten the rest: the axis ends at the 99.5th percentile where the maximum is far above."""
+    """A few spikes must not flatten the rest: where the maximum is far above the 99.5th percentile, the axis ends there
+    and says what it cuts."""
     top = np.quantile(y, 0.995)
     if y.max() > 2 * top > 0:
         axes.set_ylim(top=1.1 * top)
+        note = f"highest value {y.max():.4g}, cut"
+        axes.annotate(note, (1, 0.97), xycoords="axes fraction", ha="right", va="top", color="#555555", fontsize=9)
     if from_zero:
         axes.set_ylim(bottom=0)
 

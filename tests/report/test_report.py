@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maxlike.report import write_report
 from maxlike.report.curves import CURVES, draw, running_mean
-from maxlike.report.page import final_numbers
 from maxlike.report.records import read, series
+from maxlike.report.report import final_numbers, write_report
 from maxlike.run_dir import RunDirectory
 from maxlike.writers import MetricsWriter
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from maxlike.console import quantity
-from maxlike.report.curves import CURVES, draw
 from maxlike.report.records import read, series
 from maxlike.run_dir import RunDirectory
 
@@ -41,6 +40,8 @@ def write_report(
     facts: (name, value) rows of what was trained. samples: (prompt, continuation). commands: (what it does, command
     line), such as the one that generates from the model. Curves and numbers that the metrics do not hold are left out.
     """
+    from maxlike.report.curves import CURVES, draw  # matplotlib takes half a second: not before the first step of a run
+
     records = read(run.metrics)
     images = []
     for curve in CURVES:
