@@ -4,7 +4,6 @@ import rich.console
 import rich.markup
 import rich.table
 
-
 _SOURCES_A_TABLE = 5  # a column each: what 80 characters hold
 
 
@@ -39,7 +38,7 @@ def data(experiment, run, *, step: int = 0, rows: int = 4, verify: bool = False)
         sequence_length=experiment.sequence_length, batch_size=experiment.batch_size, seed=experiment.seed
     )
     console.print(
-        table(f"Training sources; epochs of all {experiment.steps} steps", batches.describe(experiment.steps))
+        *tables(f"Training sources; epochs of all {experiment.steps} steps", batches.describe(experiment.steps))
     )
     if experiment.data.validation is not None:
         validation = experiment.data.open_validation(
