@@ -35,6 +35,7 @@ ACTIVATION_AXES = {
     "act_mlp": "feed-forward width of an activation (F)",
     "act_vocab": "logits (V)",
     "cache_length": "positions of a decoding cache (S)",
+    "matrices": "a stack of same-shape matrices that an optimizer orthogonalises (Muon.stack_shards)",
 }
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
