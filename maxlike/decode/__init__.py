@@ -1,0 +1,1 @@
+"""Text from a trained model: sampling, the compiled decoding loop, strings in and out."""
