@@ -9,7 +9,6 @@ K 64, float32: 39 ms forward and backward, against 86 ms of jax.nn.dot_product_a
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -140,17 +139,14 @@ def _backward(static, residuals, dy):
 
 
 def _sum_spans(parts, spans, length: int) -> jax.Array:
-    """Adds what the blocks of queries owe to overlapping ranges of keys, piece by piece between the ranges' ends."""
-    cuts = sorted({0, length} | {cut for span in spans for cut in span[2:]})
-    pieces = []
-    for low, high in itertools.pairwise(cuts):
-        owed = [
-            part[:, :, low - first : high - first]
-            for part, (_, _, first, last) in zip(parts, spans)
-            if first <= low and high <= last
-        ]
-        pieces.append(functools.reduce(jnp.add, owed))
-    return jnp.concatenate(pieces, 2)
+    """Adds what each block of queries owes to its range of keys."""
+    total = jnp.zeros((*parts[0].shape[:2], length, parts[0].shape[3]), parts[0].dtype)
+    for part, (_, _, first, last) in reversed(list(zip(parts, spans))):
+        if last - first == length and part is parts[-1]:
+            total = part
+        else:
+            total = jax.lax.dynamic_update_slice_in_dim(total, total[:, :, first:last] + part, first, 2)
+    return total
 
 
 _attend.defvjp(_forward, _backward)

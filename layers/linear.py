@@ -13,6 +13,30 @@ def _zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Arra
     return jnp.zeros(shape, dtype)
 
 
+@jax.custom_vjp
+def _product(x: jax.Array, w_IO: jax.Array) -> jax.Array:
+    return x @ w_IO
+
+
+def _product_forward(x, w_IO):
+    return x @ w_IO, (x, w_IO)
+
+
+def _product_backward(residuals, g):
+    # The weight's gradient transposes one of two tall arrays: take the narrower. The default transposes g, which for a
+    # feed-forward costs a slow copy of [tokens, F] (14 % of a step on CPU); x^T is shared by gate and up, or q, k, v.
+    x, w_IO = residuals
+    rows = tuple(range(x.ndim - 1))
+    if w_IO.shape[0] <= w_IO.shape[1]:
+        dw = jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+    else:
+        dw = jax.lax.dot_general(g, x, ((rows, rows), ((), ()))).T
+    return jax.lax.dot_general(g, w_IO, (((g.ndim - 1,), (1,)), ((), ()))), dw
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 class Linear(nnx.Module):
     """y = x W + b over the last dimensions of x.
 
@@ -48,7 +72,7 @@ class Linear(nnx.Module):
         kernel = self.kernel[...]
         lead = x.shape[: x.ndim - self.input_dims]
         # One plain matrix product: a contraction over several dimensions is slower on the CPU backend.
-        y = jnp.reshape(x, (*lead, self.inputs)) @ jnp.reshape(kernel, (self.inputs, self.outputs))
+        y = _product(jnp.reshape(x, (*lead, self.inputs)), jnp.reshape(kernel, (self.inputs, self.outputs)))
         y = jnp.reshape(y, (*lead, *kernel.shape[self.input_dims :]))
         return y if self.bias is None else y + self.bias[...]
 

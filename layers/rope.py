@@ -1,6 +1,7 @@
 """Rotary position embedding, and the ways to stretch it over longer contexts."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -112,19 +113,32 @@ class Llama3Scaling:
         return frequencies * keep + frequencies / self.factor * (1 - keep), 1.0
 
 
-@jax.custom_vjp
-def _rotate(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return first * cos - second * sin, second * cos + first * sin
+def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array, layout: str) -> jax.Array:
+    """Rotates the pairs of the first 2n numbers of each head by n angles; the rest passes through."""
+    n = cos.shape[-1]
+    rotated, rest = x[..., : 2 * n], x[..., 2 * n :]
+    if layout == "half":
+        a, b = rotated[..., :n], rotated[..., n:]
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+    a, b = rotated[..., 0::2], rotated[..., 1::2]
+    rotated = jnp.reshape(jnp.stack([a * cos - b * sin, b * cos + a * sin], -1), rotated.shape)
+    return jnp.concatenate([rotated, rest], -1)
 
 
-def _rotate_forward(first, second, cos, sin):
-    return _rotate(first, second, cos, sin), (cos, sin)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, layout: str) -> jax.Array:
+    return _turn(x, cos, sin, layout)
 
 
-def _rotate_backward(residuals, gradient):
-    # The transpose of a rotation is the rotation back; nothing but the angles is kept for it.
+def _rotate_forward(x, cos, sin, layout):
+    return _turn(x, cos, sin, layout), (cos, sin)
+
+
+def _rotate_backward(layout, residuals, gradient):
+    # The transpose of a rotation is the rotation back: one pass that keeps nothing but the angles. An attention factor
+    # lies in cos and sin alike, so it is right here too.
     cos, sin = residuals
-    return (*_rotate(*gradient, cos, -sin), None, None)
+    return _turn(gradient, cos, -sin, layout), None, None
 
 
 _rotate.defvjp(_rotate_forward, _rotate_backward)
@@ -178,11 +192,4 @@ class RoPE:
         frequencies, factor = self.frequencies()
         angle = positions_BT[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
         cos, sin = (jnp.cos(angle) * factor).astype(x.dtype), (jnp.sin(angle) * factor).astype(x.dtype)
-        rotated, rest = x[..., : self.dims], x[..., self.dims :]
-        if self.layout == "half":
-            pair = jnp.reshape(rotated, (*rotated.shape[:-1], 2, self.dims // 2))
-            rotated = jnp.concatenate(_rotate(pair[..., 0, :], pair[..., 1, :], cos, sin), -1)
-        else:
-            pair = jnp.reshape(rotated, (*rotated.shape[:-1], self.dims // 2, 2))
-            rotated = jnp.reshape(jnp.stack(_rotate(pair[..., 0], pair[..., 1], cos, sin), -1), rotated.shape)
-        return rotated if self.dims == self.head_dim else jnp.concatenate([rotated, rest], -1)
+        return _rotate(x, cos, sin, self.layout)
