@@ -91,7 +91,7 @@ def _limits(axes, y: np.ndarray, from_zero: bool) -> None:
     top = np.quantile(y, 0.995)
     if y.max() > 2 * top > 0:
         axes.set_ylim(top=1.1 * top)
-        note = f"highest value {y.max():.4g}, cut"
+        note = f"cut: the highest value is {y.max():.4g}"
         axes.annotate(note, (1, 0.97), xycoords="axes fraction", ha="right", va="top", color="#555555", fontsize=9)
     if from_zero:
         axes.set_ylim(bottom=0)
