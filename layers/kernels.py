@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from layers.blocked_attention import MASKED, blocked_attention
+from layers.blocked_attention import blocked_attention
+from layers.masked_attention import chunked_attention, masked_attention, visibility
 
 IMPLEMENTATIONS = {
-    "attention": ("cudnn", "splash", "blocked", "xla"),
+    "attention": ("cudnn", "blocked", "chunked", "xla"),
     "layers": ("scan", "unrolled"),
 }
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
@@ -91,8 +92,9 @@ def attention(
     implementation = take("attention", *pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H))
     if implementation == "cudnn":
         return _cudnn(q_BTHK, k_BTGK, v_BTGK, segments_BT, scale=scale, causal=causal, window=window)
-    if implementation == "blocked":
-        return blocked_attention(
+    if implementation in ("blocked", "chunked"):
+        attend = blocked_attention if implementation == "blocked" else chunked_attention
+        return attend(
             q_BTHK, k_BTGK, v_BTGK, segments_BT, sinks_H, scale=scale, causal=causal, window=window, soft_cap=soft_cap
         )
     T = q_BTHK.shape[1]
@@ -105,52 +107,23 @@ def attention(
 
 def pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H) -> tuple[str, str]:
     """The fastest implementation that has every feature asked for, and why no faster one."""
+    T, K = q_BTHK.shape[1], q_BTHK.shape[3]
+    # Blocks keep half of all scores for the backward pass: worth it up to this length.
+    in_xla = "blocked" if T <= 1024 else "chunked"
     if platform() == "cpu":
-        return "blocked", "fastest measured on CPU"
+        return in_xla, "fastest measured on CPU" if T <= 1024 else f"scores of {T} tokens are too large to keep"
     if platform() == "gpu":
         refusals = [
             (q_BTHK.dtype not in (jnp.bfloat16, jnp.float16), f"cuDNN does not take {q_BTHK.dtype}"),
             (soft_cap is not None, "cuDNN has no logit soft-cap"),
             (sinks_H is not None, "cuDNN has no sinks"),
-            (q_BTHK.shape[-1] % 8 != 0 or q_BTHK.shape[-1] > 128, f"cuDNN does not take head_dim {q_BTHK.shape[-1]}"),
+            (K % 8 != 0 or K > 128, f"cuDNN does not take head_dim {K}"),
         ]
         reason = next((why for refused, why in refusals if refused), None)
-        return ("cudnn", "flash attention of cuDNN") if reason is None else ("blocked", reason)
-    return "blocked", f"no kernel for {platform()} yet"
-
-
-def visibility(q_positions_BT, k_positions_BS, *, causal: bool, window: int | None) -> jax.Array:
-    """Mask [B, T, S] of the keys that lie in the past and in the window of each query, by position."""
-    distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
-    visible_BTS = distance_BTS >= 0 if causal else jnp.ones_like(distance_BTS, bool)
-    return visible_BTS if window is None else visible_BTS & (jnp.abs(distance_BTS) < window)
-
-
-def masked_attention(
-    q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    visible_BTS: jax.Array,
-    *,
-    scale: float,
-    soft_cap: float | None = None,
-    sinks_H: jax.Array | None = None,
-) -> jax.Array:
-    """Attention under any mask, holding all T x S scores: decoding from a cache, where T is small. [B, T, H, K]."""
-    B, T, H, K = q_BTHK.shape
-    G = k_BSGK.shape[2]
-    q_BTGRK = jnp.reshape(q_BTHK * scale, (B, T, G, H // G, K))
-    s = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
-    if soft_cap is not None:
-        s = soft_cap * jnp.tanh(s / soft_cap)
-    s = jnp.where(visible_BTS[:, None, None], s, MASKED)
-    top = jnp.max(s, -1, keepdims=True)
-    sinks = None if sinks_H is None else jnp.reshape(sinks_H.astype(jnp.float32), (1, G, H // G, 1, 1))
-    top = jax.lax.stop_gradient(top if sinks is None else jnp.maximum(top, sinks))
-    e = jnp.exp(s - top)
-    total = jnp.sum(e, -1, keepdims=True) + (0 if sinks is None else jnp.exp(sinks - top))
-    y = jnp.einsum("bgrts,bsgk->btgrk", (e / total).astype(v_BSGK.dtype), v_BSGK)
-    return jnp.reshape(y, (B, T, H, v_BSGK.shape[-1]))
+        if reason is None:
+            return "cudnn", "flash attention of cuDNN" + ("" if segments_BT is None else ", segments as a mask")
+        return in_xla, reason
+    return in_xla, f"plain XLA: a flash kernel on {platform()} would have to know the mesh"
 
 
 def _cudnn(q_BTHK, k_BTGK, v_BTGK, segments_BT, *, scale, causal, window):

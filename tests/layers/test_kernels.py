@@ -1,5 +1,6 @@
 """Every implementation of attention against its definition, values and gradients, and what kernels report."""
 
+import functools
 import itertools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import blocked_attention, kernels
+from layers import kernels
 from tests.reference.attention import attention as naive
 
 # T is no multiple of a block of 64 queries, so blocks are ragged and windows cross them.
@@ -66,23 +67,27 @@ def test_attention_equals_its_definition_in_value_and_gradient(combination):
             np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-4, err_msg=f"{implementation} {name}")
 
 
-@pytest.mark.parametrize("soft_cap", [None, 3.0])
-def test_recomputed_probabilities_equal_stored_ones(soft_cap, monkeypatch):
-    q, k, v, sinks_H, weights = inputs(4, 2)
+@pytest.mark.parametrize("combination", [COMBINATIONS[1], COMBINATIONS[6]], ids=["causal", "window"])
+def test_chunks_of_a_long_row_equal_its_definition(combination, monkeypatch):
+    small = functools.partial(kernels.chunked_attention, chunk=16)  # 100 tokens: quarters of 32, the last one ragged
+    monkeypatch.setattr(kernels, "chunked_attention", small)
+    with kernels.choose("attention", "chunked"):
+        got = value_and_gradients(kernels.attention, combination)
+    for a, b in zip(got, value_and_gradients(naive, combination)):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-4)
 
-    def gradients(keep_up_to):
-        monkeypatch.setattr(blocked_attention, "KEEP_UP_TO", keep_up_to)
 
-        def total(q, k, v):
-            y = blocked_attention.blocked_attention(
-                q, k, v, SEGMENTS, sinks_H, scale=0.3, causal=True, window=None, soft_cap=soft_cap
-            )
-            return jnp.sum(weights * y)
+def test_a_long_row_never_holds_all_its_scores():
+    length = 4096
+    q = jax.ShapeDtypeStruct((1, length, 1, K), jnp.float32)
 
-        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, v)
+    def total(q, k, v):
+        return jnp.sum(kernels.attention(q, k, v, scale=0.3, causal=True))
 
-    for kept, recomputed in zip(gradients(T), gradients(T - 1)):
-        np.testing.assert_allclose(kept, recomputed, atol=1e-6)
+    kernels.forget()
+    memory = jax.jit(jax.grad(total)).lower(q, q, q).compile().memory_analysis()
+    assert kernels.report()[0][1] == "chunked"
+    assert memory.temp_size_in_bytes < length * length * 4 / 4
 
 
 def test_bfloat16_keeps_its_dtype_and_stays_near_float32():

@@ -1,0 +1,92 @@
+"""Attention under any mask by its definition, and over chunks of queries for rows too long to hold all scores."""
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite: a row that sees nothing gives junk that nobody reads, not NaN that poisons the gradient
+
+
+def visibility(q_positions_BT, k_positions_BS, *, causal: bool, window: int | None) -> jax.Array:
+    """Mask [B, T, S] of the keys that lie in the past and in the window of each query, by position."""
+    distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
+    visible_BTS = distance_BTS >= 0 if causal else jnp.ones_like(distance_BTS, bool)
+    return visible_BTS if window is None else visible_BTS & (jnp.abs(distance_BTS) < window)
+
+
+def masked_attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    visible_BTS: jax.Array,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks_H: jax.Array | None = None,
+) -> jax.Array:
+    """Attention under any mask, holding all T x S scores: decoding from a cache, where T is small. [B, T, H, K]."""
+    B, T, H, K = q_BTHK.shape
+    G = k_BSGK.shape[2]
+    q_BTGRK = jnp.reshape(q_BTHK * scale, (B, T, G, H // G, K))
+    s = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        s = soft_cap * jnp.tanh(s / soft_cap)
+    s = jnp.where(visible_BTS[:, None, None], s, MASKED)
+    top = jnp.max(s, -1, keepdims=True)
+    sinks = None if sinks_H is None else jnp.reshape(sinks_H.astype(jnp.float32), (1, G, H // G, 1, 1))
+    top = jax.lax.stop_gradient(top if sinks is None else jnp.maximum(top, sinks))
+    e = jnp.exp(s - top)
+    total = jnp.sum(e, -1, keepdims=True) + (0 if sinks is None else jnp.exp(sinks - top))
+    y = jnp.einsum("bgrts,bsgk->btgrk", (e / total).astype(v_BSGK.dtype), v_BSGK)
+    return jnp.reshape(y, (B, T, H, v_BSGK.shape[-1]))
+
+
+def chunked_attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    segments_BT: jax.Array | None,
+    sinks_H: jax.Array | None,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    soft_cap: float | None,
+    chunk: int = 256,
+) -> jax.Array:
+    """Attention of a long row on itself (S = T): scores of one chunk of queries at a time, made anew backwards.
+
+    Memory is chunk x T instead of T x T. Queries run in four quarters, each against the keys that it may see at all, so
+    a causal row costs 5/8 of all pairs. y: [B, T, H, K].
+    """
+    T = q_BTHK.shape[1]
+    positions_1T = jnp.arange(T)[None]
+    quarter = -(-T // (4 * chunk)) * chunk
+    outputs = []
+    for start in range(0, T, quarter):
+        end = min(start + quarter, T)
+        first = 0 if window is None else max(0, start - window + 1)
+        last = end if causal else (T if window is None else min(T, end + window - 1))
+        keys = slice(first, last)
+
+        @jax.checkpoint
+        def attend(xs, keys=keys):
+            q_BCHK, positions_1C, segments_BC = xs
+            visible_BCS = visibility(positions_1C, positions_1T[:, keys], causal=causal, window=window)
+            if segments_BC is not None:
+                visible_BCS = visible_BCS & (segments_BC[:, :, None] == segments_BT[:, None, keys])
+            return masked_attention(
+                q_BCHK, k_BSGK[:, keys], v_BSGK[:, keys], visible_BCS, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H
+            )
+
+        xs = jax.tree.map(lambda x: _chunks(x[:, start:end], chunk), (q_BTHK, positions_1T, segments_BT))  # noqa: B023
+        y_NBCHK = jax.lax.map(attend, xs)
+        y_BCHK = jnp.reshape(jnp.swapaxes(y_NBCHK, 0, 1), (y_NBCHK.shape[1], -1, *y_NBCHK.shape[3:]))
+        outputs.append(y_BCHK[:, : end - start])
+    return jnp.concatenate(outputs, 1)
+
+
+def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [T / chunk, B, chunk, ...], padded with zeros to whole chunks."""
+    count = -(-x.shape[1] // chunk)
+    x = jnp.pad(x, [(0, 0), (0, count * chunk - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    return jnp.swapaxes(jnp.reshape(x, (x.shape[0], count, chunk, *x.shape[2:])), 0, 1)
