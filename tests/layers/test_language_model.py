@@ -31,8 +31,8 @@ def build(**knobs):
 
 def test_a_few_steps_of_descent_learn_a_sequence():
     stack = F(Stack, pattern=(BLOCK,), depth=1)
-    make = lambda: LanguageModel(vocab=50, dim=16, stack=stack, norm=RMSNorm, rngs=nnx.Rngs(params=0))  # noqa: E731
-    graph = jax.eval_shape(lambda: nnx.split(make()))[0]
+    make = F(LanguageModel, vocab=50, dim=16, stack=stack, norm=RMSNorm)
+    graph, params, _ = random_module(lambda rngs: make(rngs=rngs), std=0.1)
 
     def loss(params):
         model = nnx.merge(graph, params)
@@ -44,11 +44,11 @@ def test_a_few_steps_of_descent_learn_a_sequence():
         value, gradient = jax.value_and_grad(loss)(params)
         return value, jax.tree.map(lambda x, g: x - 0.3 * g, params, gradient)
 
-    params, values = jax.jit(lambda: nnx.to_pure_dict(nnx.split(make())[1]))(), []
+    values = []
     for _ in range(30):
         value, params = step(params)
         values.append(float(value))
-    assert values[0] == pytest.approx(np.log(50), abs=0.7) and values[-1] < 0.4 * values[0]
+    assert values[0] > 0.8 * np.log(50) and values[-1] < 0.4 * values[0]
 
 
 def test_the_padded_vocabulary_is_never_predicted():

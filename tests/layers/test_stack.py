@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from layers import kernels
+from layers import axes, kernels
 from layers.attention import Attention
 from layers.block import Block
 from layers.context import Context
@@ -94,12 +94,15 @@ def test_remat_keeps_less():
 
 
 def test_stacked_parameters_are_named_and_differ_by_layer():
-    mixing = F(Block, mixer=F(Attention, heads=2), ffn=None, norm=RMSNorm)
-    stack = jax.jit(lambda: Stack(D, pattern=(mixing,), depth=2, prefix=(mixing,), rngs=nnx.Rngs(params=0)))()
-    kernel = stack.periods[0].mixer.query.kernel
-    assert kernel.get_metadata("axes") == ("layers", "embed", "heads", "head_dim") and kernel.shape == (2, D, 2, 8)
-    assert stack.prefix[0].mixer.query.kernel.get_metadata("axes") == ("embed", "heads", "head_dim")
-    assert not np.allclose(kernel[0], kernel[1])
+    class Tiny(nnx.Module):
+        def __init__(self, dim, *, rngs):
+            self.w = axes.param(rngs, (dim, 2), ("embed", "mlp"))
+
+    stack = Stack(D, pattern=(Tiny,), depth=2, prefix=(Tiny,), rngs=nnx.Rngs(params=0))
+    w = stack.periods[0].w
+    assert w.get_metadata("axes") == ("layers", "embed", "mlp") and w.shape == (2, D, 2)
+    assert stack.prefix[0].w.get_metadata("axes") == ("embed", "mlp")
+    assert not np.allclose(w[0], w[1]) and not np.allclose(w[0], stack.prefix[0].w)
 
 
 @pytest.mark.parametrize("scan", [True, False])
