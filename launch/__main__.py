@@ -13,6 +13,7 @@ from maxlike.errors import UserError
 EPILOG = """A job's own parameters are plain flags: `--job generate --prompt "It is a truth"`, `--job data --step 100`;
 `--job NAME --help` shows them. --set takes the knobs that gin files bind, and their macros: `--set steps=50`,
 `--set step.Step.compute_dtype='"bfloat16"'`. gin files are code: run only files you trust."""
+GIN_TRAIL = "\n  In call to configurable"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -138,7 +139,8 @@ def main() -> int:
     try:
         _run(sys.argv[1:])
     except UserError as error:
-        print(f"maxlike: {error}", file=sys.stderr)
+        # gin adds the trail of its calls to whatever passes through it.
+        print(f"maxlike: {str(error).split(GIN_TRAIL)[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("maxlike: interrupted", file=sys.stderr)

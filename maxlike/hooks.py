@@ -82,16 +82,18 @@ class Sample(Hook):
 
     def open(self, training: "Training") -> None:
         self.training = training
-        self.generator: Generator | None = None
+        experiment = training.experiment
+        self.generator = Generator(
+            training.program.model.graph, experiment.data.tokenizer, max_length=experiment.sequence_length
+        )
 
     def __call__(self, step: int, state: dict, metrics: dict[str, Any]) -> None:
         if step % self.every and step != self.training.experiment.steps:
             return
-        program = self.training.program
-        if self.generator is None:
-            self.generator = program.generator()
-        params = program.compute_params(state)
-        texts = self.generator(params, self.prompts, max_new=self.max_new, sampling=self.sampling, seed=0)
+        params = self.training.program.trained(state)
+        texts = self.generator(
+            params, self.prompts, buffers=state["buffers"], max_new=self.max_new, sampling=self.sampling
+        )
         self.training.record_samples(step, list(zip(self.prompts, texts)))
 
 

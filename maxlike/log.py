@@ -114,6 +114,7 @@ class Log:
         self.last = {"step": step} | values
         if self._writer is not None:
             row = {name: int(value) if isinstance(value, bool) else value for name, value in values.items()}
+            row["tokens"] = step * self.experiment.clock.tokens_per_step
             self._writer.write(step, "train", row | {name: x for name, x in speed.items() if x is not None})
             self._console.update(step, values | speed)
 
@@ -146,9 +147,8 @@ class Log:
             ("FLOPs a token", quantity(self._flops)),
             ("time", duration(time.monotonic() - self._began)),
             *((f"validation {name}", f"{value:.4f}") for name, value in self._validation.items()),
-            ("generate", command),
         ]
-        write_report(self.run, title=name, facts=facts, samples=self._samples)
+        write_report(self.run, title=name, facts=facts, samples=self._samples, commands=[("generate", command)])
         self.say(f"report: {self._shown() / 'report.html'}")
         self.say(f"generate: {command}")
 

@@ -1,5 +1,6 @@
 """Training: one loop for every experiment. Objective, optimizer, data, mesh and hooks are the experiment's."""
 
+import concurrent.futures
 import dataclasses
 import importlib.metadata
 import pathlib
@@ -59,16 +60,15 @@ class Training:
         self.dropped |= set(metadata["dropped"])
         return metadata["next_step"], state
 
-    def begin(self) -> tuple[int, dict]:
-        """(next step, state): from the newest checkpoint where there is one, else freshly initialised."""
-        if self.store.latest() is not None:
-            step, state = self.restore()
-            self.log.say(f"resuming {self.run.path} after step {step}")
-            return step, state
+    def initial(self) -> dict:
+        """The state of step 0, with another run's parameters where the experiment asks for them."""
         state = self.program.init()
-        if self.experiment.warm_start is not None:
-            state = self.experiment.warm_start(state, self.program.state, self.log.say)
-        return 0, state
+        warm_start = self.experiment.warm_start
+        return state if warm_start is None else warm_start(state, self.program.state, self.log.say)
+
+    def begin(self) -> tuple[int, dict]:
+        """(next step, state): the newest checkpoint's, or step 0's where there is none."""
+        return (0, self.initial()) if self.store.latest() is None else self.restore()
 
 
 def train(experiment: Experiment, run_dir: str | pathlib.Path) -> dict[str, float]:
@@ -89,14 +89,10 @@ def train(experiment: Experiment, run_dir: str | pathlib.Path) -> dict[str, floa
             seed=experiment.seed,
             steps=experiment.steps,
         )
-        kernels.forget()
-        began = time.monotonic()
-        step_function = program.lower_step().compile()
-        log.start(program, batches, step_function, time.monotonic() - began)
         store = experiment.checkpoints.open(run.checkpoints, say=log.say)
         training = Training(experiment, program, run, batches, store, log)
         try:
-            _loop(training, step_function)
+            _train(training)
         finally:
             for hook in experiment.hooks:
                 hook.close()
@@ -104,37 +100,37 @@ def train(experiment: Experiment, run_dir: str | pathlib.Path) -> dict[str, floa
         return training.validation
 
 
-def _loop(training: Training, step_function: jax.stages.Compiled) -> None:
+def _train(training: Training) -> None:
     experiment, log, program = training.experiment, training.log, training.program
-    step, state = training.begin()
-    log.resume(step)
+    # A checkpoint that does not fit is refused before anything is compiled.
+    restored = None if training.store.latest() is None else training.restore()
+    step = 0 if restored is None else restored[0]
     if step >= experiment.steps:
         log.say(f"{training.run.path} is already trained to step {step}: raise Experiment.steps to go on")
         return
+    kernels.forget()
+    began = time.monotonic()
+    lowered = program.lower_step()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # XLA compiles the step while the state is made
+        compiling = thread.submit(lowered.compile)
+        state = training.initial() if restored is None else restored[1]
+        step_function = compiling.result()
+    log.start(program, training.batches, step_function, time.monotonic() - began)
+    if restored is not None:
+        log.say(f"resuming {training.run.path} after step {step}")
     for hook in experiment.hooks:
         hook.open(training)
-    allowed = {allow: jax.device_put(np.bool_(allow), program.layout.replicated) for allow in (True, False)}
-    rewinds = 0
-    while step < experiment.steps:
+    _loop(training, step_function, step, state)
+
+
+def _loop(training: Training, step_function: jax.stages.Compiled, step: int, state: dict) -> None:
+    """Steps until the last one or a request to stop, going back where the guard asks for it."""
+    experiment, log = training.experiment, training.log
+    log.resume(step)
+    rewinds, stopped = 0, False
+    while step < experiment.steps and not stopped:
         try:
-            with training.batches.iterate(step, host=jax.process_index(), hosts=jax.process_count()) as rows:
-                while step < experiment.steps:
-                    waited = time.monotonic()
-                    batch = next(rows)
-                    waited = time.monotonic() - waited
-                    state, metrics = step_function(state, program.put(batch), allowed[step not in training.dropped])
-                    step += 1
-                    log.step(step, metrics, waited)
-                    _judge(training, log.last)
-                    for hook in experiment.hooks:
-                        hook(step, state, metrics)
-                    stop = interrupt.requested()
-                    if stop or experiment.checkpoints.due(step) or step == experiment.steps:
-                        training.save(step, state)
-                    if stop:
-                        break
-            log.flush()
-            _judge(training, log.last)
+            step, state, stopped = _steps(training, step_function, step, state)
         except Rewind as bad:
             rewinds += 1
             if rewinds > experiment.step.guard.patience:
@@ -145,14 +141,36 @@ def _loop(training: Training, step_function: jax.stages.Compiled) -> None:
             training.dropped |= set(range(step, bad.step))
             log.say(f"{bad}: going back to step {step}; the updates of steps {step + 1} to {bad.step} will be dropped")
             log.resume(step)
-            continue
-        if interrupt.requested():
-            break
     training.store.wait()
     if step < experiment.steps:
         log.say(f"stopped as asked after step {step}, checkpoint saved; the same command continues")
     else:
         log.finish()
+
+
+def _steps(training: Training, step_function: jax.stages.Compiled, step: int, state: dict) -> tuple[int, dict, bool]:
+    """The inner loop: (step, state, whether a request to stop ended it). Step k + 1 is dispatched before the metrics of
+    step k are read."""
+    experiment, log, program = training.experiment, training.log, training.program
+    allowed = {allow: jax.device_put(np.bool_(allow), program.layout.replicated) for allow in (True, False)}
+    with training.batches.iterate(step, host=jax.process_index(), hosts=jax.process_count()) as rows:
+        stop = False
+        while step < experiment.steps and not stop:
+            waited = time.monotonic()
+            batch = next(rows)
+            waited = time.monotonic() - waited
+            state, metrics = step_function(state, program.put(batch), allowed[step not in training.dropped])
+            step += 1
+            log.step(step, metrics, waited)
+            _judge(training, log.last)
+            for hook in experiment.hooks:
+                hook(step, state, metrics)
+            stop = interrupt.requested()  # asked once a step, so that stopping and saving go together
+            if stop or experiment.checkpoints.due(step) or step == experiment.steps:
+                training.save(step, state)
+    log.flush()
+    _judge(training, log.last)
+    return step, state, stop
 
 
 class Rewind(Exception):
@@ -168,8 +186,8 @@ def _judge(training: Training, row: dict[str, Any] | None) -> None:
     if row is None or not row["bad"] or row["step"] - 1 in training.dropped:
         return
     guard = training.experiment.step.guard
-    documents = training.batches.documents(row["step"] - 1)
-    names = ", ".join(dict.fromkeys(f"{source}: {document}" for row in documents for source, document, _, _ in row))
+    pieces = training.batches.documents(row["step"] - 1)
+    names = ", ".join(dict.fromkeys(f"{piece.source}: {piece.document}" for piece in pieces))
     sentence = (
         f"step {row['step']} is bad: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}, "
         f"documents {names[:400]}"

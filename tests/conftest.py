@@ -1,10 +1,24 @@
-"""Eight simulated CPU devices for every test; set before jax is imported by anything."""
+"""Eight simulated CPU devices for every test, set before anything imports jax, and one compile cache for the session."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compile time is the test budget: LLVM's optimiser costs several times what it saves on shapes this small. The commands
+# that tests launch, and the experiments, are compiled as a user's are.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if "MAXLIKE_TEST_CACHE" not in os.environ:  # the first process makes it, xdist's workers and launched commands inherit it
+    os.environ["MAXLIKE_TEST_CACHE"] = tempfile.mkdtemp(prefix="maxlike-tests-")
+    atexit.register(shutil.rmtree, os.environ["MAXLIKE_TEST_CACHE"], ignore_errors=True)
+os.environ["MAXLIKE_CACHE"] = os.environ["MAXLIKE_TEST_CACHE"]
+# The same program compiles once in the whole session, as it does for a user who runs a command twice.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["MAXLIKE_TEST_CACHE"], "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import absl.flags
 
