@@ -114,6 +114,7 @@ def pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H) -> tuple[str,
         return in_xla, "fastest measured on CPU" if T <= 1024 else f"scores of {T} tokens are too large to keep"
     if platform() == "gpu":
         refusals = [
+            (jax.default_backend() != "gpu", "cuDNN can be traced only where a GPU is"),
             (q_BTHK.dtype not in (jnp.bfloat16, jnp.float16), f"cuDNN does not take {q_BTHK.dtype}"),
             (soft_cap is not None, "cuDNN has no logit soft-cap"),
             (sinks_H is not None, "cuDNN has no sinks"),

@@ -118,12 +118,22 @@ def test_choices_are_recorded_with_their_reason():
         (jnp.bfloat16, 64, {"sinks_H": jnp.zeros(2, jnp.bfloat16)}, "blocked", "sinks"),
     ],
 )
-def test_a_gpu_takes_cudnn_or_says_why_not(dtype, head_dim, knobs, expected, word):
+def test_a_gpu_takes_cudnn_or_says_why_not(dtype, head_dim, knobs, expected, word, monkeypatch):
     q = jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype)
     knobs = {"soft_cap": None, "window": None, "segments_BT": None, "sinks_H": None} | knobs
-    with kernels.compile_for("gpu"):
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
         implementation, reason = kernels.pick_attention(q, **knobs)
     assert implementation == expected and word in reason
+
+
+def test_a_program_for_another_platform_can_be_traced_here():
+    q = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    for name in ("gpu", "tpu"):
+        kernels.forget()
+        with kernels.compile_for(name):
+            jax.eval_shape(lambda q: kernels.attention(q, q, q, scale=1.0, causal=True), q)
+        assert kernels.report()[0][1] == "blocked" and len(kernels.report()[0][2]) > 10
 
 
 def test_unknown_names_are_refused():
