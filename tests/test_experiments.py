@@ -17,13 +17,20 @@ GOLDENS = pathlib.Path(__file__).parent / "goldens"
 SCANNED = "stack.Stack.scan = True"
 TINY = {
     "quickstart": ["dim = 16", "stack.Stack.depth = 2", "attention.Attention.heads = 2", "mlp.GatedMLP.width = 32"],
-    "gpt2_124m": ["dim = 16", "stack.Stack.depth = 2", "attention.Attention.heads = 2", "mlp.MLP.width = 32"],
+    "gpt2_124m": [
+        "dim = 16",
+        "stack.Stack.depth = 2",
+        "attention.Attention.heads = 2",
+        "mlp.MLP.width = 32",
+        "schedules.Cosine.warmup = 1",
+    ],
     "llama_1b": [
         "dim = 16",
         "stack.Stack.depth = 2",
         "attention.Attention.heads = 4",
         "attention.Attention.kv_heads = 2",
         "mlp.GatedMLP.width = 32",
+        "schedules.Cosine.warmup = 1",
     ],
 }
 TINY["llama_8b"] = TINY["llama_1b"]
