@@ -45,6 +45,7 @@ def measure(experiment: Experiment, repeats: int, steps: int) -> Result:
     quantities = [
         Quantity("step time, ours / PyTorch", "", [a["seconds"] / b["seconds"] for a, b in pairs], "<= 1.0"),
         Quantity("peak memory, ours / PyTorch", "", [a["bytes"] / b["bytes"] for a, b in pairs], "<= 1.1"),
+        Quantity("fastest step, ours / PyTorch", "", [a["least"] / b["least"] for a, b in pairs]),
         Quantity("step, ours", "s", [a["seconds"] for a, _ in pairs]),
         Quantity("step, PyTorch", "s", [b["seconds"] for _, b in pairs]),
         Quantity("peak memory, ours", "GB", [a["bytes"] / 1e9 for a, _ in pairs]),
@@ -65,7 +66,7 @@ def _child(side: str, steps: int) -> dict:
 def ours(steps: int) -> dict:
     """The whole train step as the training loop calls it, guard and metrics included."""
     experiment = config.load("llama_1b", overlays=["cpu"], bindings=SHAPE)
-    return {"seconds": statistics.median(step_seconds(experiment, steps)), "version": ""}
+    return _told(step_seconds(experiment, steps))
 
 
 def llama_config(transformers: types.ModuleType) -> object:
@@ -100,7 +101,12 @@ def theirs(steps: int) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(seconds[2:]), "version": torch.__version__}
+    return _told(seconds[2:]) | {"version": torch.__version__}
+
+
+def _told(seconds: list[float]) -> dict:
+    """The fastest step beside the median: it hardly depends on what else the machine does."""
+    return {"seconds": statistics.median(seconds), "least": min(seconds)}
 
 
 if __name__ == "__main__":
