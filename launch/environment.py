@@ -1,4 +1,4 @@
-"""What must be in the environment before jax is imported: the compile cache and XLA's flags.
+"""What must be in the environment before jax is imported: the compile cache, XLA's flags, malloc's pages.
 
 Flags that a user has set stay as they are. XLA aborts the process on a flag it does not know, so each of ours is tried
 once in a process of its own, and the answer is kept beside the compile cache under the version of jaxlib.
@@ -39,7 +39,8 @@ def platform() -> str:
 
 
 def prepare() -> None:
-    """Sets XLA_FLAGS and the persistent compile cache, leaving alone whatever the user has set."""
+    """Sets malloc, XLA_FLAGS and the persistent compile cache, leaving alone whatever the user has set."""
+    use_huge_pages()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -48,6 +49,20 @@ def prepare() -> None:
     if wanted:
         accepted = _accepted(wanted)
         os.environ["XLA_FLAGS"] = " ".join([present, *accepted]).strip()
+
+
+def use_huge_pages() -> None:
+    """On a CPU, starts this process again with glibc's malloc on huge pages, once.
+
+    Every step allocates its temporaries anew, and touching them in pages of 4 KiB takes the kernel a fifth of the step:
+    0.74 s a step of `quickstart` fell to 0.55 s on two cores. malloc reads the setting before Python runs, hence the
+    restart; a GLIBC_TUNABLES of the user's is left alone.
+    """
+    if platform() != "cpu" or not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ:
+        return
+    name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    if name == "glibc" and tuple(int(part) for part in version.split(".")[:2]) >= (2, 35):
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
 
 
 def _accepted(flags: list[str]) -> list[str]:

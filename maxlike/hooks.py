@@ -55,6 +55,7 @@ class Validate(Hook):
 
     def __call__(self, step: int, state: dict, metrics: dict[str, Any]) -> None:
         if step % self.every == 0 or step == self.training.experiment.steps:
+            self.training.log.flush()  # the step is over here; what follows is not its time
             self.training.record_validation(step, self.training.program.evaluate(state, self.batches))
 
 
@@ -90,6 +91,7 @@ class Sample(Hook):
     def __call__(self, step: int, state: dict, metrics: dict[str, Any]) -> None:
         if step % self.every and step != self.training.experiment.steps:
             return
+        self.training.log.flush()
         params = self.training.program.trained(state)
         texts = self.generator(
             params, self.prompts, buffers=state["buffers"], max_new=self.max_new, sampling=self.sampling

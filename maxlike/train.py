@@ -52,6 +52,7 @@ class Training:
             "code": importlib.metadata.version("maxlike"),
             "dropped": sorted(self.dropped),
         }
+        self.log.flush()
         self.store.save(step, state, metadata, self.validation)
 
     def restore(self) -> tuple[int, dict]:

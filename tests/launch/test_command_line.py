@@ -118,6 +118,7 @@ def test_a_second_process_on_a_run_directory_is_refused(here, tmp_path, capsys):
 def test_xla_flags_that_this_jaxlib_does_not_know_are_left_out(monkeypatch, tmp_path, capsys):
     known = "--xla_cpu_enable_fast_math=false"
     monkeypatch.setenv("MAXLIKE_CACHE", str(tmp_path))
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # the process is not to be started again
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     monkeypatch.setattr(environment, "XLA_FLAGS", {"cpu": (known, "--xla_there_is_no_such_flag=1")})
     monkeypatch.setattr(environment, "platform", lambda: "cpu")
