@@ -10,9 +10,10 @@ import typing
 from maxlike import catalog
 from maxlike.errors import UserError
 
-EPILOG = """Begin with `python -m launch --experiment quickstart`. A job's own parameters are plain flags: `--job generate --prompt "It is a truth"`, `--job data --step 100`;
-`--job NAME --help` shows them. --set takes the knobs that gin files bind, and their macros: `--set steps=50`,
-`--set step.Step.compute_dtype='"bfloat16"'`. gin files are code: run only files you trust."""
+EPILOG = """Begin with `python -m launch --experiment quickstart`. A job's own parameters are plain flags:
+`--job generate --prompt "It is a truth"`, `--job data --step 100`; `--job NAME --experiment E --help` shows them. --set
+takes the knobs that gin files bind, and their macros: `--set steps=50`, `--set norm.RMSNorm.eps=1e-5`. gin files are
+code: run only files you trust."""
 GIN_TRAIL = "\n  In call to configurable"
 
 

@@ -25,7 +25,8 @@ import gin
 from maxlike import catalog
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
-from maxlike.gin_check import Check, Reference
+from maxlike.gin_check import Check
+from maxlike.gin_values import Reference
 
 _LOCK = threading.RLock()
 _active: list["Configuration | None"] = [None]

@@ -97,6 +97,14 @@ class Experiment:
             )
         return self._abstract
 
+    def check_vocabulary(self) -> None:
+        """Raises UserError where the tokenizer has ids that the model has no embedding for."""
+        ids, vocab = self.data.tokenizer.vocab_size, self.bare().vocab
+        if ids > vocab:
+            raise UserError(
+                f"the tokenizer has {ids} ids and LanguageModel.vocab is {vocab}: raise it to at least {ids}"
+            )
+
     def bare(self) -> Any:
         """The network's structure with shapes in place of numbers: for its methods that need none."""
         abstract = self.abstract_model()

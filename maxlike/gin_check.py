@@ -5,46 +5,20 @@ walks the same statements with gin's own parser, resolves every name through the
 the annotations of the constructors they are bound to, and keeps where each binding stands.
 """
 
-import collections.abc
 import dataclasses
 import importlib
 import importlib.util
-import inspect
 import pathlib
 import pkgutil
 import tokenize
-import types
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from gin import config_parser
 
 from maxlike.catalog import nearest
 from maxlike.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """`@scope/module.Name` (a factory) or `@scope/module.Name()` (a value made at use)."""
-
-    scope: str
-    target: Callable
-    evaluate: bool
-    name: str
-
-    def __repr__(self) -> str:
-        return f"@{self.name}{'()' if self.evaluate else ''}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Macro:
-    """`%name`."""
-
-    name: str
-
-    def __repr__(self) -> str:
-        return f"%{self.name}"
+from maxlike.gin_values import Macro, Reference, admits, hints, leaves, parameters, resolved, spell, spell_value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,11 +168,11 @@ class Check:
             self.bindings.append(Binding("", None, name, statement.value, where, name))
             return
         target = names.resolve(statement.selector)
-        parameters = _parameters(target)
-        if statement.arg_name not in parameters:
+        knobs = parameters(target)
+        if statement.arg_name not in knobs:
             raise UserError(
                 f"{where}: {statement.selector} has no knob {statement.arg_name!r}"
-                f"{nearest(statement.arg_name, parameters)}; it has {', '.join(sorted(parameters)) or 'none'}"
+                f"{nearest(statement.arg_name, knobs)}; it has {', '.join(sorted(knobs)) or 'none'}"
             )
         scope = f"{statement.scope}/" if statement.scope else ""
         left = f"{scope}{statement.selector}.{statement.arg_name}"
@@ -212,19 +186,19 @@ class Check:
         """Refuses a value that the annotation of its knob does not admit, and a macro nobody defines."""
         macros = {b.argument: b for b in self.bindings if b.target is None}
         for binding in self.effective().values():
-            for value in _leaves(binding.value):
+            for value in leaves(binding.value):
                 if isinstance(value, Macro) and value.name not in macros:
                     raise UserError(
                         f"{binding.where}: nothing defines the macro %{value.name}{nearest(value.name, macros)}"
                     )
             if binding.target is None:
                 continue
-            hint = _hints(binding.target).get(binding.argument, Any)
-            value = _resolved(binding.value, macros)
-            if not _admits(hint, value):
+            hint = hints(binding.target).get(binding.argument, Any)
+            value = resolved(binding.value, macros)
+            if not admits(hint, value):
                 raise UserError(
-                    f"{binding.where}: {binding.target.__name__}.{binding.argument} takes {_spell(hint)}, "
-                    f"got {_spell_value(value)}"
+                    f"{binding.where}: {binding.target.__name__}.{binding.argument} takes {spell(hint)}, "
+                    f"got {spell_value(value)}"
                 )
 
     def unused(self, used: set[tuple[str, Callable, str]]) -> list[Binding]:
@@ -235,7 +209,7 @@ class Check:
         later binding replaced (`--set experiment.Experiment.optimizer=@adamw.AdamW()` leaves Muon's knobs behind).
         """
         effective = self.effective()
-        mentioned = {v.name for b in self.bindings for v in _leaves(b.value) if isinstance(v, Macro)}
+        mentioned = {v.name for b in self.bindings for v in leaves(b.value) if isinstance(v, Macro)}
         replaced = self._replaced()
         idle = []
         for binding in effective.values():
@@ -259,7 +233,7 @@ class Check:
             v.target
             for b in self.bindings
             if id(b) not in effective
-            for v in _leaves(b.value)
+            for v in leaves(b.value)
             if isinstance(v, Reference)
         ]
         found: set[Callable] = set()
@@ -272,7 +246,7 @@ class Check:
                 v.target
                 for b in self.bindings
                 if b.target is target
-                for v in _leaves(b.value)
+                for v in leaves(b.value)
                 if isinstance(v, Reference)
             ]
         return found
@@ -283,109 +257,3 @@ def _siblings(package: str) -> list[str]:
     if spec is None or spec.submodule_search_locations is None:
         return []
     return [module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)]
-
-
-def _parameters(target: Callable) -> list[str]:
-    """Names a gin file may bind: the keyword parameters of a constructor or a function, without `rngs`."""
-    parameters = list(inspect.signature(_function(target)).parameters.values())
-    keywords = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return [name for name in keywords if name not in ("self", "rngs")]
-
-
-def _function(target: Callable) -> Callable:
-    """The constructor of a class (a metaclass may hide its signature), or the function itself."""
-    return target.__init__ if inspect.isclass(target) else target
-
-
-def _hints(target: Callable) -> dict[str, Any]:
-    return typing.get_type_hints(_function(target))
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(key)
-            yield from _leaves(item)
-    elif isinstance(value, list | tuple) and not isinstance(value, Reference | Macro):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value
-
-
-def _resolved(value: Any, macros: dict[str, Binding]) -> Any:
-    if isinstance(value, Macro):
-        return _resolved(macros[value.name].value, macros)
-    if isinstance(value, dict):
-        return {_resolved(k, macros): _resolved(v, macros) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_resolved(v, macros) for v in value]
-    if isinstance(value, tuple):
-        return tuple(_resolved(v, macros) for v in value)
-    return value
-
-
-def _admits(hint: Any, value: Any) -> bool:
-    """Whether an annotation admits a gin value. What cannot be known before the call is admitted."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(value, Reference):
-        return _admits_reference(hint, origin, arguments, value)
-    if hint is Any or isinstance(hint, typing.TypeVar):
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_admits(argument, value) for argument in arguments)
-    if origin is typing.Literal:
-        return any(value == a and type(value) is type(a) for a in arguments)
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            return False
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return all(_admits(arguments[0], v) for v in value)
-        return len(value) == len(arguments) and all(_admits(a, v) for a, v in zip(arguments, value, strict=True))
-    if origin in (list, collections.abc.Sequence):
-        return isinstance(value, tuple | list) and all(_admits(arguments[0], v) for v in value)
-    if origin in (dict, collections.abc.Mapping):
-        return isinstance(value, dict) and all(
-            _admits(arguments[0], k) and _admits(arguments[1], v) for k, v in value.items()
-        )
-    if hint is None or hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is tuple:
-        return isinstance(value, tuple | list)
-    if inspect.isclass(hint):
-        return isinstance(value, hint) if not _is_protocol(hint) else not isinstance(value, int | float | str | bool)
-    return origin is not collections.abc.Callable
-
-
-def _admits_reference(hint: Any, origin: Any, arguments: tuple, value: Reference) -> bool:
-    if origin in (typing.Union, types.UnionType):
-        return any(_admits_reference(a, typing.get_origin(a), typing.get_args(a), value) for a in arguments)
-    if value.evaluate:  # its result is known only at the call
-        return hint is not type(None) and origin is not typing.Literal
-    scalar = hint in (int, float, str, bool, type(None)) or origin in (typing.Literal, tuple, list, dict)
-    return not scalar
-
-
-def _is_protocol(hint: type) -> bool:
-    return typing.is_protocol(hint) if hasattr(typing, "is_protocol") else bool(vars(hint).get("_is_protocol", False))
-
-
-def _spell(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return " or ".join(repr(a) for a in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_spell(a) for a in arguments)
-    if hint is type(None) or hint is None:
-        return "None"
-    if origin is collections.abc.Callable:
-        return "a class or a function (`@module.Class`)"
-    return hint.__name__ if inspect.isclass(hint) and origin is None else str(hint).replace("typing.", "")
-
-
-def _spell_value(value: Any) -> str:
-    return repr(value) if isinstance(value, Reference) else f"{value!r} ({type(value).__name__})"

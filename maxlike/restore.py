@@ -17,6 +17,7 @@ def restore(
     tokenizer changed, or the checkpoint is of another model.
     """
     run = RunDirectory(run_dir, mode="read")
+    experiment.check_vocabulary()
     program = Program.of(experiment, experiment.mesh.open())
     store = experiment.checkpoints.open(run.checkpoints, read_only=True, say=print)
     if store.latest() is None:

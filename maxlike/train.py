@@ -83,6 +83,7 @@ def train(experiment: Experiment, run_dir: str | pathlib.Path) -> dict[str, floa
     with RunDirectory(run_dir, mode=mode) as run, Log(run, experiment) as log:
         if experiment.config is not None:
             log.config(experiment.config)
+        experiment.check_vocabulary()
         program = Program.of(experiment, layout)
         batches = experiment.data.train(
             sequence_length=experiment.sequence_length,

@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for every test, set before anything imports jax, and one compile cache for the session."""
+"""Eight simulated CPU devices, set before anything imports jax, and one compile cache for the session."""
 
 import atexit
 import os
@@ -11,7 +11,8 @@ FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_lev
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-if "MAXLIKE_TEST_CACHE" not in os.environ:  # the first process makes it, xdist's workers and launched commands inherit it
+# The first process makes the cache; xdist's workers and launched commands inherit it.
+if "MAXLIKE_TEST_CACHE" not in os.environ:
     os.environ["MAXLIKE_TEST_CACHE"] = tempfile.mkdtemp(prefix="maxlike-tests-")
     atexit.register(shutil.rmtree, os.environ["MAXLIKE_TEST_CACHE"], ignore_errors=True)
 os.environ["MAXLIKE_CACHE"] = os.environ["MAXLIKE_TEST_CACHE"]
@@ -20,7 +21,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["MAXLIKE_TEST_
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-import absl.flags
+import absl.flags  # noqa: E402
 
 absl.flags.FLAGS(["pytest"])  # Grain's workers read absl flags, which somebody must have parsed
 

@@ -93,5 +93,5 @@ def test_moments_lie_where_their_parameters_lie(optimizer):
 
 
 def test_a_large_leaf_that_mirrors_nothing_is_refused():
-    with pytest.raises(UserError, match="opt/big of shape .* mirrors no parameter"):
+    with pytest.raises(UserError, match=r"opt/big of shape .* mirrors no parameter"):
         state_shardings({"opt": {"big": jnp.zeros((512, 512))}}, PARAMS, AXES, layout())

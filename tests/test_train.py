@@ -167,8 +167,13 @@ def test_another_model_in_the_run_directory_is_a_table(straight):
         train(tiny.load("dim = 32", "steps = 20"), straight)
 
 
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"the tokenizer has 2048 ids and LanguageModel.vocab is 2000"):
+        train(tiny.load("vocab = 2000"), tmp_path)
+
+
 def test_changed_data_are_refused(straight):
     with pytest.raises(UserError, match="changed since checkpoint 12"):
         train(tiny.load("train/sources.Text.end_byte = -150000", "steps = 20"), straight)
-    with pytest.raises(UserError, match="order .* changed since checkpoint 12"):
+    with pytest.raises(UserError, match=r"order .* changed since checkpoint 12"):
         train(tiny.load("experiment.Experiment.seed = 1", "steps = 20"), straight)

@@ -55,7 +55,7 @@ def test_surroundings_name_what_a_number_depends_on():
     with record.surroundings() as around:
         assert set(around) == {"load_before"}
     assert {"load_after", "date", "commit", "command", "versions", "processor", "cores", "xla_flags"} <= set(around)
-    assert around["command"].startswith("python -m launch ") and around["cores"] >= 1
+    assert around["command"].startswith("python -m launch") and around["cores"] >= 1
 
 
 @pytest.mark.parametrize("flags", [{"repeats": 0}, {"steps": 2}])
