@@ -28,7 +28,7 @@ setup(
     ],
     extras_require={
         "gpu": ["jax[cuda12]"],
-        "tpu": ["jax[tpu]", "tokamax"],
+        "tpu": ["jax[tpu]"],
         "eval": ["lm-eval>=0.4.9"],
         "data": DATA,
         "parity": ["torch==2.13.0", "transformers>=5.23,<5.24"],

@@ -11,7 +11,7 @@ from maxlike import catalog
 from maxlike.errors import UserError
 
 EPILOG = """Begin with `python -m launch --experiment quickstart`. A job's own parameters are plain flags:
-`--job generate --prompt "It is a truth"`, `--job data --step 100`; `--job NAME --experiment E --help` shows them. --set
+`--job generate --prompt "It is a truth"`, `--job data --step 100`; `--experiment E --job NAME --help` shows them. --set
 takes the knobs that gin files bind, and their macros: `--set steps=50`, `--set norm.RMSNorm.eps=1e-5`. gin files are
 code: run only files you trust."""
 GIN_TRAIL = "\n  In call to configurable"
@@ -103,6 +103,14 @@ def _show_job(job: typing.Callable, name: str) -> None:
             print(f"  --{parameter.name}{default}")
 
 
+def _run_name(experiment: str) -> str:
+    """The default name of a run. A run's own config.gin, run again, gives a new run beside it."""
+    path = pathlib.Path(experiment)
+    if path.suffix != ".gin":
+        return experiment
+    return f"{path.resolve().parent.name}-again" if path.name == "config.gin" else path.stem
+
+
 def _run(argv: list[str]) -> None:
     arguments, rest = _arguments(argv)
     if arguments.list:
@@ -119,9 +127,8 @@ def _run(argv: list[str]) -> None:
 
     absl.flags.FLAGS(["maxlike"])  # Grain's workers read absl flags, which somebody must have parsed
     distributed.join(arguments.coordinator, arguments.processes, arguments.process)
-    from maxlike import config, interrupt
+    from maxlike import config
 
-    interrupt.install()
     experiment = config.load(
         arguments.experiment, overlays=arguments.overlay, bindings=arguments.set, job=arguments.job
     )
@@ -129,10 +136,7 @@ def _run(argv: list[str]) -> None:
     if arguments.help:
         _show_job(job, arguments.job)
         return
-    name = pathlib.Path(arguments.experiment).with_suffix("").name
-    if not arguments.experiment.endswith(".gin"):
-        name = arguments.experiment
-    run_dir = pathlib.Path(arguments.run_dir or pathlib.Path("runs") / name)
+    run_dir = pathlib.Path(arguments.run_dir or pathlib.Path("runs") / _run_name(arguments.experiment))
     job(experiment, run_dir, **_job_flags(job, rest, arguments.job))
 
 

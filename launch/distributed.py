@@ -2,6 +2,7 @@
 
 import os
 
+from launch import environment
 from maxlike.errors import UserError
 
 
@@ -14,7 +15,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         import jax
 
         jax.distributed.initialize(coordinator, processes, process)
-    elif _several():
+    elif environment.platform() == "tpu" or _several():  # a TPU worker learns from its metadata whether it is alone
         import jax
 
         jax.distributed.initialize()
@@ -23,6 +24,4 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
 def _several() -> bool:
     """Whether a scheduler that jax.distributed knows has started more than one process."""
     counts = (os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    return any(count.isdigit() and int(count) > 1 for count in counts) or "," in os.environ.get(
-        "TPU_WORKER_HOSTNAMES", ""
-    )
+    return any(count.isdigit() and int(count) > 1 for count in counts)

@@ -5,6 +5,7 @@ once in a process of its own, and the answer is kept beside the compile cache un
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -33,7 +34,7 @@ def platform() -> str:
         return {"cuda": "gpu", "rocm": "gpu"}.get(named, named)
     if pathlib.Path("/dev/nvidiactl").exists() or pathlib.Path("/dev/kfd").exists():
         return "gpu"
-    if pathlib.Path("/dev/accel0").exists() or os.environ.get("TPU_WORKER_HOSTNAMES"):
+    if importlib.util.find_spec("libtpu") and any(pathlib.Path(p).exists() for p in ("/dev/accel0", "/dev/vfio/0")):
         return "tpu"
     return "cpu"
 

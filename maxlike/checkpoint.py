@@ -36,7 +36,8 @@ class Checkpoints:
     keep_every: keep for good each checkpoint whose step it divides; a multiple of `every`, or None.
     keep_best: keep also the checkpoint where this validation metric ('loss', 'bits_per_byte') was lowest, or None.
     asynchronous: write behind the training loop, which then waits for the copy from the device alone.
-    allow_changed: names of fingerprints ('tokenizer', 'data') that may differ from those in the checkpoint.
+    allow_changed: names of fingerprints that may differ from those in the checkpoint: 'tokenizer', 'mixture',
+        'transforms', 'source NAME', 'order (seed, batch_size, sequence_length)'.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from flax import nnx
 from layers.axes import Buffer
 from maxlike.checkpoint import Checkpoints
 from maxlike.data.data import Data
+from maxlike.data.loader import FiniteBatches
 from maxlike.errors import UserError
 from maxlike.hooks import Hook
 from maxlike.schedules import Clock
@@ -96,6 +97,12 @@ class Experiment:
                 axes=nnx.to_pure_dict(params, extract_fn=lambda variable: variable.get_metadata("axes")),
             )
         return self._abstract
+
+    def open_validation(self) -> FiniteBatches:
+        """The validation batches, of the size that the device sees at a time while it trains."""
+        return self.data.open_validation(
+            sequence_length=self.sequence_length, batch_size=self.batch_size // self.step.micro_batches
+        )
 
     def check_vocabulary(self) -> None:
         """Raises UserError where the tokenizer has ids that the model has no embedding for."""

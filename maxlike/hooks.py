@@ -48,10 +48,7 @@ class Validate(Hook):
 
     def open(self, training: "Training") -> None:
         self.training = training
-        experiment = training.experiment
-        self.batches = experiment.data.open_validation(
-            sequence_length=experiment.sequence_length, batch_size=experiment.batch_size
-        )
+        self.batches = training.experiment.open_validation()
 
     def __call__(self, step: int, state: dict, metrics: dict[str, Any]) -> None:
         if step % self.every == 0 or step == self.training.experiment.steps:
@@ -87,6 +84,8 @@ class Sample(Hook):
         self.generator = Generator(
             training.program.model.graph, experiment.data.tokenizer, max_length=experiment.sequence_length
         )
+        for prompt in self.prompts:
+            self.generator.encode(prompt, self.max_new)  # refuses one that does not fit now rather than at step `every`
 
     def __call__(self, step: int, state: dict, metrics: dict[str, Any]) -> None:
         if step % self.every and step != self.training.experiment.steps:

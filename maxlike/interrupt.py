@@ -1,24 +1,38 @@
 """A request to stop soon and cleanly: SIGTERM from a scheduler, Ctrl-C from a person.
 
-The training loop looks at `requested()` between steps, saves a checkpoint and returns. A second Ctrl-C stops at once.
+While a training loop listens, the signal becomes a request: the loop looks at `requested()` after every step, saves a
+checkpoint and returns. A second Ctrl-C stops at once. Elsewhere signals do what they always do.
 """
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 
 _event = threading.Event()
 
 
-def install() -> None:
-    """From the main thread: SIGTERM and the first SIGINT become a request."""
-    signal.signal(signal.SIGTERM, lambda number, frame: _event.set())
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """SIGTERM and the first SIGINT are requests here. Python delivers signals to the main thread alone, so in another
+    thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, lambda number, frame: request())
     signal.signal(signal.SIGINT, _first_interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _first_interrupt(number, frame) -> None:
     if _event.is_set():
         raise KeyboardInterrupt
-    _event.set()
+    request()
 
 
 def request() -> None:
@@ -30,5 +44,5 @@ def requested() -> bool:
 
 
 def clear() -> None:
-    """Forgets a request, so that a notebook can train again."""
+    """Forgets a request, so that the same process can train again."""
     _event.clear()

@@ -21,16 +21,16 @@ from maxlike.writers import MetricsWriter
 class Log:
     """Reads the metrics of a step only when the next step has been dispatched, so the device never waits for it.
 
-    last: the row of the newest step that was read, or None. Only process 0 writes; the others keep `last` alone.
+    Only process 0 writes; the others read their metrics too, because the guard's policy is every process's.
     """
 
     def __init__(self, run: RunDirectory, experiment: Experiment):
         self.run, self.experiment = run, experiment
-        self.last: dict[str, Any] | None = None
+        self._last: dict[str, Any] | None = None
         self._chief = jax.process_index() == 0
         self._console = Console(steps=experiment.steps)
         self._writer = MetricsWriter(run, say=self.say) if self._chief else None
-        self._pending: tuple[int, dict[str, jax.Array], float, float] | None = None
+        self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._read_at = 0.0
         self._flops, self._devices = 0.0, 1
         self._samples: list[tuple[str, str]] = []
@@ -85,21 +85,24 @@ class Log:
 
     def resume(self, step: int) -> None:
         """Forgets what was written after `step`: the steps to come will be written once."""
-        self._pending = self.last = None
+        self._pending = self._last = None
         if self._writer is not None:
             self._writer.truncate(step)
 
     def step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
-        """Takes the metrics of update number `step`, still in the making, and reads those of the one before."""
-        began = time.monotonic()
-        self.flush()
-        self._pending = (step, metrics, waited, began)
+        """Takes the metrics of update number `step`, still in the making, and reads those of the one before.
 
-    def flush(self) -> None:
-        """Reads the metrics that are outstanding."""
+        waited: seconds that the loop waited for the batch of this step, while the one before was running.
+        """
+        began = time.monotonic()
+        self.flush(waited)
+        self._pending = (step, metrics, began)
+
+    def flush(self, waited: float = 0.0) -> None:
+        """Reads the metrics that are outstanding. waited: seconds of that step which the loop waited for a batch."""
         if self._pending is None:
             return
-        (step, metrics, waited, began), self._pending = self._pending, None
+        (step, metrics, began), self._pending = self._pending, None
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         # A step runs from its dispatch, or from the end of the one before, to the moment its metrics can be read.
         now = time.monotonic()
@@ -108,15 +111,20 @@ class Log:
         rate = self.experiment.clock.tokens_per_step / elapsed
         speed = {
             "tokens_per_second": rate,
-            "input_wait": waited / (waited + elapsed),
+            "input_wait": min(waited / elapsed, 1.0),
             "mfu": mfu(rate, self._flops, jax.devices()[0].device_kind, self._devices),
         }
-        self.last = {"step": step} | values
+        self._last = {"step": step} | values
         if self._writer is not None:
             row = {name: int(value) if isinstance(value, bool) else value for name, value in values.items()}
             row["tokens"] = step * self.experiment.clock.tokens_per_step
             self._writer.write(step, "train", row | {name: x for name, x in speed.items() if x is not None})
             self._console.update(step, values | speed)
+
+    def take(self) -> dict[str, Any] | None:
+        """The row of the newest step that was read, once; None where it was taken already."""
+        row, self._last = self._last, None
+        return row
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """The validation split after `step` updates."""
@@ -139,17 +147,20 @@ class Log:
         if not self._chief:
             return
         name = self.experiment.config.name if self.experiment.config else "EXPERIMENT"
-        command = f'python -m launch --experiment {name} --job generate --run_dir {self._shown()} --prompt "..."'
+        shown = self._shown()
+        command = (
+            f'python -m launch --experiment {shown / "config.gin"} --run_dir {shown} --job generate --prompt "..."'
+        )
         facts = [
             ("experiment", name),
             ("steps", f"{self.experiment.steps:,}"),
             ("tokens", quantity(self.experiment.steps * self.experiment.clock.tokens_per_step)),
-            ("FLOPs a token", quantity(self._flops)),
-            ("time", duration(time.monotonic() - self._began)),
+            ("FLOPs a token", quantity(self.experiment.bare().flops_per_token(self.experiment.sequence_length))),
+            ("time since the run was last started", duration(time.monotonic() - self._began)),
             *((f"validation {name}", f"{value:.4f}") for name, value in self._validation.items()),
         ]
         write_report(self.run, title=name, facts=facts, samples=self._samples, commands=[("generate", command)])
-        self.say(f"report: {self._shown() / 'report.html'}")
+        self.say(f"report: {shown / 'report.html'}")
         self.say(f"generate: {command}")
 
     def _shown(self) -> pathlib.Path:

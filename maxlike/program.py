@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -11,18 +10,10 @@ import numpy as np
 from flax import nnx
 
 from layers import axes
+from maxlike.data.loader import FiniteBatches
 from maxlike.experiment import AbstractModel, Experiment
 from maxlike.metrics import Mean
 from maxlike.sharding import Layout, state_shardings
-
-BATCH_FIELDS = {
-    "inputs": np.int32,
-    "targets": np.int32,
-    "segment_ids": np.int32,
-    "positions": np.int32,
-    "loss_weights": np.float32,
-    "target_bytes": np.int32,
-}
 
 
 @dataclasses.dataclass
@@ -61,8 +52,9 @@ class Program:
         make = jax.jit(self._make_state, out_shardings=self.shardings, compiler_options=options)
         return make(jnp.asarray(self.experiment.seed, jnp.uint32))
 
-    def lower_step(self) -> jax.stages.Lowered:
-        """`(state, batch, allow) -> (state, metrics)`, ready to compile; the state is donated. Touches no device."""
+    def lower_step(self, batch: dict[str, np.ndarray]) -> jax.stages.Lowered:
+        """`(state, batch, allow) -> (state, metrics)` for batches like this one, ready to compile.
+        The state is donated; no device is touched."""
         experiment = self.experiment
         rate = experiment.optimizer.schedule(experiment.clock)
 
@@ -81,31 +73,34 @@ class Program:
 
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, self.layout.replicated))
         allow = jax.ShapeDtypeStruct((), jnp.bool_, sharding=self.layout.replicated)
-        return jitted.lower(self.state, self.abstract_batch(experiment.batch_size), allow)
+        return jitted.lower(self.state, self.abstract_batch(batch), allow)
 
-    def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of a batch."""
-        shape = (batch_size, self.experiment.sequence_length)
-        sharding = self.layout.batch(shape)
-        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_FIELDS.items()}
+    def abstract_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a whole batch."""
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.layout.batch(x.shape))
+            for name, x in batch.items()
+        }
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch onto its devices."""
-        rows = {name: batch[name] for name in BATCH_FIELDS}
-        shape = (next(iter(rows.values())).shape[0] * jax.process_count(), self.experiment.sequence_length)
-        sharding = self.layout.batch(shape)
-        return {name: jax.make_array_from_process_local_data(sharding, x, shape) for name, x in rows.items()}
+        shapes = {name: (x.shape[0] * jax.process_count(), *x.shape[1:]) for name, x in batch.items()}
+        shardings = {name: self.layout.batch(shape) for name, shape in shapes.items()}
+        if jax.process_count() == 1:  # one call for all fields
+            return jax.device_put(batch, shardings)
+        make = jax.make_array_from_process_local_data
+        return {name: make(shardings[name], x, shapes[name]) for name, x in batch.items()}
 
     def trained(self, state: dict) -> dict:
         """The parameters to use a model with: the averaged ones where the state has them, in the compute dtype."""
         dtype = jnp.dtype(self.experiment.step.compute_dtype)
         return jax.tree.map(lambda p: p.astype(dtype), state["ema"] if "ema" in state else state["params"])
 
-    def evaluate(self, state: dict, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, float]:
+    def evaluate(self, state: dict, batches: FiniteBatches) -> dict[str, float]:
         """Metrics over all batches: the averaged parameters where the state has them, no noise."""
         params = state["ema"] if "ema" in state else state["params"]
         sums: dict[str, Mean] | None = None
-        for batch in batches:
+        for batch in batches.iterate(host=jax.process_index(), hosts=jax.process_count()):
             means = self._evaluate(params, state["buffers"], self.put(batch))
             sums = means if sums is None else jax.tree.map(jnp.add, sums, means)
         return {name: float(mean.value()) for name, mean in jax.device_get(sums).items()}

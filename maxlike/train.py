@@ -4,8 +4,8 @@ import concurrent.futures
 import dataclasses
 import importlib.metadata
 import pathlib
+import re
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -52,14 +52,23 @@ class Training:
             "code": importlib.metadata.version("maxlike"),
             "dropped": sorted(self.dropped),
         }
-        self.log.flush()
         self.store.save(step, state, metadata, self.validation)
 
     def restore(self) -> tuple[int, dict]:
         """(next step, state) of the newest intact checkpoint."""
         state, metadata = self.store.restore(self.program.state, self.batches.identity)
         self.dropped |= set(metadata["dropped"])
+        self._tell_what_changed(metadata)
         return metadata["next_step"], state
+
+    def _tell_what_changed(self, metadata: dict) -> None:
+        """Settings may differ from those a checkpoint was trained with, but not without a word."""
+        if self.experiment.config is None or not metadata["config"]:
+            return
+        then, now = (set(_bindings(text)) for text in (metadata["config"], self.experiment.config.operative))
+        for sign, lines in (("was", then - now), ("now", now - then)):
+            for line in sorted(lines):
+                self.log.say(f"changed since the checkpoint of step {metadata['next_step']}, {sign}: {line}")
 
     def initial(self) -> dict:
         """The state of step 0, with another run's parameters where the experiment asks for them."""
@@ -72,6 +81,12 @@ class Training:
         return (0, self.initial()) if self.store.latest() is None else self.restore()
 
 
+def _bindings(text: str) -> list[str]:
+    """The bindings of an operative configuration, without comments and imports, one a line."""
+    joined = re.sub(r"\\?\n\s+", " ", text)
+    return [line for line in joined.splitlines() if " = " in line and not line.startswith("#")]
+
+
 def train(experiment: Experiment, run_dir: str | pathlib.Path) -> dict[str, float]:
     """Trains to `Experiment.steps`, resuming whatever the run directory holds; returns the last validation metrics.
 
@@ -81,8 +96,6 @@ def train(experiment: Experiment, run_dir: str | pathlib.Path) -> dict[str, floa
     layout = experiment.mesh.open()
     mode = "own" if jax.process_index() == 0 else "join"
     with RunDirectory(run_dir, mode=mode) as run, Log(run, experiment) as log:
-        if experiment.config is not None:
-            log.config(experiment.config)
         experiment.check_vocabulary()
         program = Program.of(experiment, layout)
         batches = experiment.data.train(
@@ -109,10 +122,14 @@ def _train(training: Training) -> None:
     step = 0 if restored is None else restored[0]
     if step >= experiment.steps:
         log.say(f"{training.run.path} is already trained to step {step}: raise Experiment.steps to go on")
+        if not training.run.report.is_file():  # a kill came between the last checkpoint and the report
+            log.finish()
         return
+    if experiment.config is not None:
+        log.config(experiment.config)
     kernels.forget()
     began = time.monotonic()
-    lowered = program.lower_step()
+    lowered = program.lower_step(training.batches.batch(step))
     with concurrent.futures.ThreadPoolExecutor(1) as thread:  # XLA compiles the step while the state is made
         compiling = thread.submit(lowered.compile)
         state = training.initial() if restored is None else restored[1]
@@ -122,32 +139,39 @@ def _train(training: Training) -> None:
         log.say(f"resuming {training.run.path} after step {step}")
     for hook in experiment.hooks:
         hook.open(training)
-    _loop(training, step_function, step, state)
+    with interrupt.listening():
+        _loop(training, step_function, step, state)
 
 
 def _loop(training: Training, step_function: jax.stages.Compiled, step: int, state: dict) -> None:
     """Steps until the last one or a request to stop, going back where the guard asks for it."""
     experiment, log = training.experiment, training.log
     log.resume(step)
-    rewinds, stopped = 0, False
+    rewinds, stopped, rewound_to = 0, False, -1
     while step < experiment.steps and not stopped:
         try:
             step, state, stopped = _steps(training, step_function, step, state)
         except Rewind as bad:
-            rewinds += 1
-            if rewinds > experiment.step.guard.patience:
-                raise UserError(f"{bad}; rewinding {rewinds - 1} times did not help: lower the learning rate") from None
             training.store.wait()
             step, state = training.begin()
+            rewinds, rewound_to = (rewinds + 1 if step == rewound_to else 1), step
+            if rewinds > experiment.step.guard.patience:
+                raise UserError(f"{bad}; rewinding {rewinds - 1} times did not help: lower the learning rate") from None
             # The same steps again would lead to the same place: their data are given up, as PaLM did at a spike.
             training.dropped |= set(range(step, bad.step))
             log.say(f"{bad}: going back to step {step}; the updates of steps {step + 1} to {bad.step} will be dropped")
             log.resume(step)
     training.store.wait()
+    saved = training.store.latest()
+    kept = (
+        "checkpoint saved" if saved == step else f"but the checkpoint could not be saved, the last good one is {saved}"
+    )
     if step < experiment.steps:
-        log.say(f"stopped as asked after step {step}, checkpoint saved; the same command continues")
-    else:
-        log.finish()
+        log.say(f"stopped as asked after step {step}, {kept}; the same command continues")
+        return
+    if saved != step:
+        log.say(f"trained to step {step}, {kept}: free some space and run the same command again")
+    log.finish()
 
 
 def _steps(training: Training, step_function: jax.stages.Compiled, step: int, state: dict) -> tuple[int, dict, bool]:
@@ -164,14 +188,16 @@ def _steps(training: Training, step_function: jax.stages.Compiled, step: int, st
             state, metrics = step_function(state, program.put(batch), allowed[step not in training.dropped])
             step += 1
             log.step(step, metrics, waited)
-            _judge(training, log.last)
+            _judge(training)
             for hook in experiment.hooks:
                 hook(step, state, metrics)
             stop = interrupt.requested()  # asked once a step, so that stopping and saving go together
             if stop or experiment.checkpoints.due(step) or step == experiment.steps:
+                log.flush()
+                _judge(training)  # a state that a rewind would leave is not worth keeping
                 training.save(step, state)
     log.flush()
-    _judge(training, log.last)
+    _judge(training)
     return step, state, stop
 
 
@@ -183,8 +209,9 @@ class Rewind(Exception):
         self.step = step
 
 
-def _judge(training: Training, row: dict[str, Any] | None) -> None:
-    """Applies the guard's policy to the metrics of the step before the one just dispatched."""
+def _judge(training: Training) -> None:
+    """Applies the guard's policy to the metrics that were read since it was last asked."""
+    row = training.log.take()
     if row is None or not row["bad"] or row["step"] - 1 in training.dropped:
         return
     guard = training.experiment.step.guard

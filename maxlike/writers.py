@@ -3,12 +3,12 @@
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from absl import logging
 
+from maxlike.events import Events
 from maxlike.run_dir import RunDirectory
 
 Value = float | int | str | None
@@ -23,24 +23,21 @@ class MetricsWriter:
 
     def __init__(self, run: RunDirectory, *, say: Callable[[str], None] = logging.warning):
         self._path = run.metrics
-        self._events_directory = str(run.events)
         self._say = say
         self._waiting: list[bytes] = []
         self._failing = False
         self._file = self._path.open("ab", buffering=0)
-        self._events: Any = None
-        self._purge_from: int | None = None
+        self._events = Events(run.events, say)
 
     def write(self, step: int, split: Literal["train", "validation"], values: dict[str, Value]) -> None:
         """One line. Values are numbers, text or None; what is not finite is written as null (JSON has no NaN)."""
         record = {"step": int(step), "split": split} | {name: _json_value(value) for name, value in values.items()}
         self._waiting.append(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._flush()
-        if self._events is None:
-            self._events = _event_writer(self._events_directory, self._purge_from)
-        for name, value in values.items():
-            if value is not None and not isinstance(value, str):
-                self._events.add_scalar(f"{split}/{name}", float(value), step)
+        scalars = {
+            f"{split}/{name}": float(x) for name, x in values.items() if x is not None and not isinstance(x, str)
+        }
+        self._events.write(step, scalars)
 
     def truncate(self, step: int) -> None:
         """Forgets what was written after `step`, and a last line cut short by a kill, so that a run resumed from the
@@ -55,15 +52,12 @@ class MetricsWriter:
         temporary.replace(self._path)
         self._waiting = [line for line in self._waiting if _belongs(line, step)]
         self._file = self._path.open("ab", buffering=0)
-        if self._events is not None:
-            self._events.close()
-        self._events, self._purge_from = None, step + 1
+        self._events.forget_after(step)
 
     def close(self) -> None:
         self._flush()
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        self._events.close()
 
     def _flush(self) -> None:
         end = os.fstat(self._file.fileno()).st_size
@@ -79,20 +73,6 @@ class MetricsWriter:
             return
         self._waiting = []
         self._failing = False
-
-
-def _event_writer(directory: str, purge_from: int | None) -> Any:
-    """A tensorboardX.SummaryWriter. Imported when the first metrics are there, and with PyTorch out of its sight: where
-    that is installed tensorboardX imports it, which takes seconds and hundreds of megabytes, to draw torch graphs."""
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hidden:
-            del sys.modules["torch"]
-    return SummaryWriter(directory, purge_step=purge_from, flush_secs=20)
 
 
 def _json_value(value: Value) -> Value:

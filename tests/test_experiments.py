@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from maxlike import catalog, config
+from maxlike.bench.timed import random_batch
 from maxlike.program import Program
 from maxlike.sharding import flat_axes, path_names
 
@@ -81,7 +82,7 @@ def test_tiny_twin_trains_to_golden_losses(name, request):
     experiment = config.load(name, overlays=overlays, bindings=TINY[name] + SMALL)
     program = Program.of(experiment, experiment.mesh.open())
     batches = experiment.data.train(sequence_length=32, batch_size=8, seed=0)
-    step, state, allow = program.lower_step().compile(), program.init(), jax.device_put(np.bool_(True))
+    step, state, allow = program.lower_step(batches.batch(0)).compile(), program.init(), jax.device_put(np.bool_(True))
     losses = []
     for k in range(5):
         state, metrics = step(state, program.put(batches.batch(k)), allow)
@@ -97,8 +98,19 @@ def test_tiny_twin_trains_to_golden_losses(name, request):
 @pytest.mark.parametrize("mesh", ["mesh/fsdp", "mesh/fsdp_tp"])
 def test_the_large_ones_lower_at_full_size(name, mesh):
     experiment = config.load(name, overlays=["austen", mesh], bindings=[SCANNED])
-    text = Program.of(experiment, experiment.mesh.open()).lower_step().as_text()
+    batch = random_batch(experiment, experiment.bare().vocab)
+    text = Program.of(experiment, experiment.mesh.open()).lower_step(batch).as_text()
     assert "sharding" in text and f"tensor<{experiment.bare().padded_vocab}x{experiment.bare().dim}xf32>" in text
+
+
+@pytest.mark.parametrize("name", catalog.names("job"))
+def test_every_job_file_names_a_function(name):
+    assert callable(config.load("quickstart", job=name).config.job)
+
+
+@pytest.mark.parametrize("name", catalog.names("overlay"))
+def test_every_overlay_goes_on_the_quickstart(name):
+    config.load("quickstart", overlays=[name])
 
 
 @pytest.mark.parametrize("kind", ["experiment", "overlay", "job"])

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal
 
-from maxlike.bench import data, loop, record, start, torch_llama, train
+from maxlike.bench import data, loop, record, start, torch_llama, train, whole
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 
@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, Callable[[Experiment, int, int], record.Result]] = {
     "start": start.measure,
     "data": data.measure,
     "train": train.measure,
+    "whole": whole.measure,
 }
 
 
@@ -21,7 +22,7 @@ def bench(
     experiment: Experiment,
     run_dir: pathlib.Path | None = None,
     *,
-    name: Literal["all", "torch_llama", "loop", "start", "data", "train"] = "all",
+    name: Literal["all", "torch_llama", "loop", "start", "data", "train", "whole"] = "all",
     repeats: int = 5,
     steps: int = 20,
     out: str = "benchmarks",
@@ -29,8 +30,9 @@ def bench(
     """Measures and writes one record each to OUT/records. Run it on an otherwise idle machine: the load is recorded.
 
     name: torch_llama (a small Llama against PyTorch), loop (what the training loop adds to the compiled step), start
-    (command to first step), data (building layers, reading batches), train (tokens/s and MFU of the experiment), or
-    all of them. repeats: processes or passes of each. steps: timed steps in each. out: folder of the records.
+    (command to first step), data (building layers, reading batches), train (tokens/s and MFU of the experiment), whole
+    (the experiment from command to report), or all of them. repeats: processes or passes of each. steps: timed steps in
+    each. out: folder of the records.
     """
     if repeats < 1 or steps < 3:
         raise UserError(f"--repeats {repeats} must be at least 1 and --steps {steps} at least 3")

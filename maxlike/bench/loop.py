@@ -73,7 +73,7 @@ def _train_rows(path: pathlib.Path) -> dict[int, dict]:
 def _dispatch_seconds(experiment: Experiment, steps: int = 20) -> float:
     """Processor time of this thread in the call of the compiled step alone."""
     program = Program.of(experiment, experiment.mesh.open())
-    step = program.lower_step().compile()
+    step = program.lower_step(random_batch(experiment, experiment.bare().vocab)).compile()
     state, batch = program.init(), program.put(random_batch(experiment, experiment.bare().vocab))
     allow = jax.device_put(np.bool_(True), program.layout.replicated)
     spent = []

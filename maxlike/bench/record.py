@@ -78,6 +78,7 @@ def surroundings() -> Iterator[dict[str, Any]]:
         "processor": _processor(),
         "cores": cores(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
 
 

@@ -37,7 +37,8 @@ def _first_step(name: str, folder: pathlib.Path, run: str) -> float:
     command = [sys.executable, "-m", "launch", "--experiment", name, "--run_dir", str(folder / run)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_COMPILATION")}
     environment |= {"MAXLIKE_CACHE": str(folder / "cache")}
-    environment.pop("XLA_FLAGS", None)  # the launcher probes and sets them, which takes time and counts
+    for name in ("XLA_FLAGS", "GLIBC_TUNABLES"):  # the launcher sets them, which takes time and counts
+        environment.pop(name, None)
     metrics = folder / run / "metrics.jsonl"
     began = time.perf_counter()
     with (

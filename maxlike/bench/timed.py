@@ -26,7 +26,7 @@ def random_batch(experiment: Experiment, vocab: int) -> dict[str, np.ndarray]:
 def step_seconds(experiment: Experiment, steps: int, warm_up: int = 2) -> list[float]:
     """Seconds of each of `steps` training steps, each waited for, after `warm_up` that do not count."""
     program = Program.of(experiment, experiment.mesh.open())
-    step = program.lower_step().compile()
+    step = program.lower_step(random_batch(experiment, experiment.bare().vocab)).compile()
     state = program.init()
     batch = program.put(random_batch(experiment, experiment.bare().vocab))
     allow = jax.device_put(np.bool_(True), program.layout.replicated)

@@ -104,7 +104,7 @@ class Generator:
             sampling = [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
         if len(sampling) != len(prompts):
             raise UserError(f"{len(sampling)} Sampling for {len(prompts)} prompts: give one for all, or one for each")
-        encoded = [self._encode(prompt, max_new) for prompt in prompts]
+        encoded = [self.encode(prompt, max_new) for prompt in prompts]
         buckets: dict[int, list[int]] = {}
         for i, tokens in enumerate(encoded):
             buckets.setdefault(min(_bucket(len(tokens)), self.max_length), []).append(i)
@@ -119,7 +119,7 @@ class Generator:
                     made[i] = self._read(out, row, encoded[i], stop)
         return [made[i] for i in range(len(prompts))]
 
-    def _encode(self, prompt: str, max_new: int) -> np.ndarray:
+    def encode(self, prompt: str, max_new: int) -> np.ndarray:
         """Ids of a prompt behind the token that opens a document, as in training."""
         begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         tokens = np.concatenate([begin, self.tokenizer.encode(prompt)]).astype(np.int32)

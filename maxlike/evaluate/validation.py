@@ -12,9 +12,7 @@ def evaluate(experiment: Experiment, run_dir: pathlib.Path, *, checkpoint: int |
 
     checkpoint: the step to evaluate; by default the newest.
     """
-    batches = experiment.data.open_validation(
-        sequence_length=experiment.sequence_length, batch_size=experiment.batch_size
-    )
+    batches = experiment.open_validation()
     program, state, step = restore(experiment, run_dir, checkpoint)
     metrics = program.evaluate(state, batches)
     print(json.dumps({"step": step, "split": "validation"} | metrics))

@@ -10,7 +10,6 @@ import pytest
 
 from launch import __main__ as command
 from launch import environment
-from maxlike import interrupt
 from tests import tiny
 
 
@@ -26,9 +25,8 @@ def launch(*arguments, **options):
 
 @pytest.fixture
 def here(monkeypatch):
-    """`main` in this process, without touching its environment or its signals."""
+    """`main` in this process, without touching its environment."""
     monkeypatch.setattr(environment, "prepare", lambda: None)
-    monkeypatch.setattr(interrupt, "install", lambda: None)
 
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["launch", *arguments])
