@@ -10,6 +10,8 @@ import time
 import jax
 import numpy as np
 
+from jax.experimental import multihost_utils
+
 from layers import kernels
 from maxlike import interrupt
 from maxlike.checkpoint import Store
@@ -19,6 +21,8 @@ from maxlike.experiment import Experiment
 from maxlike.log import Log
 from maxlike.program import Program
 from maxlike.run_dir import RunDirectory
+
+AGREE_EVERY = 10  # steps between the agreements of several processes on whether to stop
 
 
 @dataclasses.dataclass
@@ -191,7 +195,7 @@ def _steps(training: Training, step_function: jax.stages.Compiled, step: int, st
             _judge(training)
             for hook in experiment.hooks:
                 hook(step, state, metrics)
-            stop = interrupt.requested()  # asked once a step, so that stopping and saving go together
+            stop = _asked_to_stop(step)  # asked once a step, so that stopping and saving go together
             if stop or experiment.checkpoints.due(step) or step == experiment.steps:
                 log.flush()
                 _judge(training)  # a state that a rewind would leave is not worth keeping
@@ -199,6 +203,15 @@ def _steps(training: Training, step_function: jax.stages.Compiled, step: int, st
     log.flush()
     _judge(training)
     return step, state, stop
+
+
+def _asked_to_stop(step: int) -> bool:
+    """Whether any process was asked to stop. A save is everybody's, so several processes agree on the step."""
+    if jax.process_count() == 1:
+        return interrupt.requested()
+    if step % AGREE_EVERY:
+        return False
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(interrupt.requested()))))
 
 
 class Rewind(Exception):
