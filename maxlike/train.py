@@ -9,7 +9,6 @@ import time
 
 import jax
 import numpy as np
-
 from jax.experimental import multihost_utils
 
 from layers import kernels
