@@ -140,7 +140,7 @@ class Log:
         self.flush()
         self._samples = samples
         for prompt, text in samples:
-            self.say(f"step {step}: {prompt}[{text.strip()}]")
+            self.say(f"step {step}: {prompt}{text}")
 
     def finish(self) -> None:
         """Writes the report and says where everything is."""
