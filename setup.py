@@ -31,7 +31,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "eval": ["lm-eval>=0.4.9"],
         "data": DATA,
-        "parity": ["torch==2.13.0", "transformers>=5.23,<5.24"],
+        "parity": ["torch==2.13.0", "transformers>=5.23,<5.24", "tiktoken>=0.8"],
         "test": [
             *DATA,
             "chex>=0.1.90",

@@ -19,6 +19,7 @@ def listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    clear()  # of an earlier training in this process
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGTERM, lambda number, frame: request())
     signal.signal(signal.SIGINT, _first_interrupt)

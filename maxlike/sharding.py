@@ -172,8 +172,9 @@ def state_shardings(state: Any, params: Any, axes: Any, layout: Layout) -> Any:
     """One sharding tree for a whole train state.
 
     A leaf whose path ends in a parameter's path and has its shape lies where the parameter lies: parameters, gradients,
-    moments, averages. A scalar is replicated, and so is a small leaf that mirrors nothing (Adafactor's factored
-    moments). Anything else is refused: a moment must not be replicated by accident.
+    moments, averages. A scalar is replicated, and so are the sums over rows and columns that an optimizer keeps of a
+    parameter (Adafactor), which are smaller by a dimension, and small leaves that mirror nothing. Anything else is
+    refused: a moment must not be replicated by accident.
     """
     by_path = flat_axes(axes)
     shapes = {path_names(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
