@@ -86,7 +86,7 @@ class Training:
 
 def _bindings(text: str) -> list[str]:
     """The bindings of an operative configuration, without comments and imports, one a line."""
-    joined = re.sub(r"\\?\n\s+", " ", text)
+    joined = re.sub(r"\\?\n +", " ", text)
     return [line for line in joined.splitlines() if " = " in line and not line.startswith("#")]
 
 

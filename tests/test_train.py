@@ -85,10 +85,15 @@ def test_resumed_equals_straight_on_eight_devices(straight, tmp_path):
     np.testing.assert_allclose(list(alone.values()), list(one_device.values()), rtol=1e-5)
 
 
-def test_resumes_on_another_mesh(straight, tmp_path):
+def test_resumes_on_another_mesh_and_says_so(straight, tmp_path, capsys):
     train(dataclasses.replace(tiny.load(overlays=("mesh/fsdp_tp",)), hooks=(StopAt(6),)), tmp_path)
     interrupt.clear()
     train(tiny.load(), tmp_path)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since")]
+    assert told == [
+        "changed since the checkpoint of step 6, was: sharding.Mesh.shape = {'fsdp': -1, 'tensor': 2}",
+        "changed since the checkpoint of step 6, now: sharding.Mesh.shape = {'data': 1}",
+    ]
     got, want = tiny.losses(tmp_path), tiny.losses(straight)
     np.testing.assert_allclose([got[k] for k in want], list(want.values()), rtol=1e-5)
 
