@@ -45,11 +45,6 @@ class RunDirectory:
         elif not self.path.is_dir():
             raise UserError(f"there is no run in {self.path}: train it first, or correct --run_dir")
 
-    @classmethod
-    def existing(cls, path: pathlib.Path | str) -> "RunDirectory":
-        """A run to look at, never to change."""
-        return cls(path, mode="read")
-
     @property
     def config(self) -> pathlib.Path:
         """The operative gin configuration."""

@@ -146,16 +146,6 @@ class Layout:
             ("batch", "length")[: len(shape)] + (None,) * (len(shape) - 2), shape, "the batch (Experiment.batch_size)"
         )
 
-    @property
-    def batch_parts(self) -> int:
-        """Over how many devices the examples of a batch are spread."""
-        return math.prod(self.mesh.shape.get(target, 1) for target in _tuple(self.rules.get("batch")))
-
-    def describe(self) -> str:
-        """`fsdp=4 x tensor=2 (8 devices)`."""
-        shape = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
-        return f"{shape} ({self.mesh.size} {'device' if self.mesh.size == 1 else 'devices'})"
-
 
 def path_names(path: tuple) -> tuple[str, ...]:
     """A jax key path as names: dictionary keys, attributes and indices alike."""

@@ -70,10 +70,10 @@ def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatc
 
 def test_reading_changes_nothing_and_joining_does_not_lock(tmp_path):
     with pytest.raises(UserError, match="no run in"):
-        RunDirectory.existing(tmp_path / "run")
+        RunDirectory(tmp_path / "run", mode="read")
     assert list(tmp_path.iterdir()) == []
     RunDirectory(tmp_path / "run", mode="join")
-    RunDirectory.existing(tmp_path / "run")
+    RunDirectory(tmp_path / "run", mode="read")
     assert list((tmp_path / "run").iterdir()) == []
     with RunDirectory(tmp_path / "run"):
         RunDirectory(tmp_path / "run", mode="join")
