@@ -14,7 +14,6 @@ EPILOG = """Begin with `python -m launch --experiment quickstart`. A job's own p
 `--job generate --prompt "It is a truth"`, `--job data --step 100`; `--experiment E --job NAME --help` shows them. --set
 takes the knobs that gin files bind, and their macros: `--set steps=50`, `--set norm.RMSNorm.eps=1e-5`. gin files are
 code: run only files you trust."""
-GIN_TRAIL = "\n  In call to configurable"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,8 +143,7 @@ def main() -> int:
     try:
         _run(sys.argv[1:])
     except UserError as error:
-        # gin adds the trail of its calls to whatever passes through it.
-        print(f"maxlike: {str(error).split(GIN_TRAIL)[0]}", file=sys.stderr)
+        print(f"maxlike: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("maxlike: interrupted", file=sys.stderr)

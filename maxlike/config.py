@@ -16,6 +16,7 @@ brings its own configuration back when it is called, so two experiments in one p
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util  # noqa: F401  (gin 0.5.0 uses it without importing it)
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -127,7 +128,10 @@ def _job(check: Check) -> tuple[Callable | None, Callable | None]:
         if binding.target is None and binding.argument == "job":
             if not isinstance(binding.value, Reference):
                 raise UserError(f"{binding.where}: `job` takes a function, written `job = @module.function`")
-            return gin.get_configurable(binding.value.target), binding.value.target
+            # Its bindings are taken now: the job runs when gin's configuration is gone, and as a plain function.
+            target = binding.value.target
+            bound = functools.partial(target, **gin.get_bindings(gin.get_configurable(target)))
+            return functools.update_wrapper(bound, target), target
     return None, None
 
 

@@ -72,6 +72,12 @@ def test_two_experiments_in_one_process_do_not_see_each_other(tiny):
     assert (narrow.steps, wide.steps) == (3, 9)
 
 
+def test_bindings_of_a_job_reach_its_call(tiny):
+    job = config.load(str(tiny), job="data", bindings=["inspect.data.rows = 2"]).config.job
+    assert job.keywords == {"rows": 2}
+    assert config.load(str(tiny), job="data").config.job.keywords == {}
+
+
 def test_a_replaced_class_leaves_its_knobs_behind(tiny):
     experiment = config.load(
         str(tiny), bindings=["experiment.Experiment.optimizer = @adamw.AdamW()", "adamw.AdamW.weight_decay = 0.0"]
