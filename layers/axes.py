@@ -43,7 +43,13 @@ Placement = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sha
 
 
 class Buffer(nnx.Variable):
-    """Non-trained state of a module (a router bias, a running statistic): saved, never touched by the gradient."""
+    """Non-trained state of a module (a router bias, a running statistic): saved, never touched by the optimizer. Made
+    by `buffer`."""
+
+
+def keep(value: jax.Array, statistic: jax.Array) -> jax.Array:
+    """The rule of a buffer that training does not change."""
+    return value
 
 
 def normal(stddev: float = 0.02) -> Init:
@@ -68,6 +74,42 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: I
         )
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
+
+Rule = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def buffer(value: jax.Array, axes: tuple[str, ...], rule: Rule = keep) -> Buffer:
+    """A float32 Buffer that carries its logical axes and its rule.
+
+    After every accepted step its value becomes `rule(value, statistic)`; the statistic is what the module gave to
+    `measure`, averaged over the micro-batches. A rule is a pure function or a frozen dataclass (it is part of the
+    module's static structure) and works on the last dimensions, for Stack puts a "layers" dimension in front of both.
+    """
+    if len(axes) != value.ndim:
+        raise ValueError(f"a buffer of shape {value.shape} needs {value.ndim} logical axes, got {axes}")
+    return Buffer(value.astype(jnp.float32), axes=axes, rule=rule)
+
+
+@jax.custom_vjp
+def measure(y: jax.Array, value: jax.Array, statistic: jax.Array) -> jax.Array:
+    """y itself; on the way reports `statistic` (same shape as the buffer's `value`) to the buffer's rule.
+
+    The statistic travels as the buffer's "gradient", so it arrives in the right place through scan, remat, sharding
+    and micro-batches, over all tokens of the global batch, with nothing returned beside y. y must take part in the
+    loss; any other use of the buffer goes through `jax.lax.stop_gradient`.
+    """
+    return y
+
+
+def _measure_forward(y, value, statistic):
+    return y, statistic.astype(value.dtype)
+
+
+def _measure_backward(statistic, g):
+    return g, statistic, jnp.zeros_like(statistic)
+
+
+measure.defvjp(_measure_forward, _measure_backward)
 
 _placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
 

@@ -41,5 +41,10 @@ class Context:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
         return cls(**({"positions_BT": positions_BT, "segments_BT": None} | fields))
 
+    @property
+    def decoding(self) -> bool:
+        """Whether this call extends a cache: what follows is not there yet."""
+        return self.lengths_B is not None
+
     def replace(self, **changes) -> "Context":
         return dataclasses.replace(self, **changes)

@@ -32,6 +32,8 @@ class LanguageModel(nnx.Module):
     Knobs:
         vocab >= 1 token ids; dim D >= 1; stack, embed, head: factories; norm: factory of the final norm, None for none
         (post-norm blocks).
+        modality_starts: first token id of modality 1, 2, ..., ascending; ids below the first are modality 0 (text).
+        Empty for a model of one modality, whose layers get no modality ids.
         vocab_multiple: the tables are padded to a multiple of it, so that the vocabulary divides over a mesh and fills
         the matrix unit; logits of the padding are -inf.
     """
@@ -45,13 +47,18 @@ class LanguageModel(nnx.Module):
         norm: Callable | None,
         embed: Callable = Embed,
         head: Callable = Head,
+        modality_starts: tuple[int, ...] = (),
         vocab_multiple: int = 1,
         rngs: nnx.Rngs,
     ):
         for name, value in (("vocab", vocab), ("dim", dim), ("vocab_multiple", vocab_multiple)):
             if value < 1:
                 raise ValueError(f"LanguageModel.{name}={value} must be at least 1")
-        self.vocab, self.dim = vocab, dim
+        if list(modality_starts) != sorted({s for s in modality_starts if 0 < s < vocab}):
+            raise ValueError(
+                f"LanguageModel.modality_starts={modality_starts} must ascend strictly between 0 and vocab={vocab}"
+            )
+        self.vocab, self.dim, self.modality_starts = vocab, dim, tuple(modality_starts)
         self.padded_vocab = -(-vocab // vocab_multiple) * vocab_multiple
         self.embed = embed(self.padded_vocab, dim, rngs=rngs)
         self.stack = stack(dim, rngs=rngs)
@@ -61,7 +68,14 @@ class LanguageModel(nnx.Module):
     def _hidden(self, x_BTD: jax.Array) -> jax.Array:
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
+    def modality(self, tokens_BT: jax.Array) -> jax.Array | None:
+        """int32 modality id of each token, [B, T]: how many of `modality_starts` are not above it."""
+        if not self.modality_starts:
+            return None
+        return sum((tokens_BT >= start).astype(jnp.int32) for start in self.modality_starts)
+
     def __call__(self, tokens_BT: jax.Array, ctx: Context) -> Output:
+        ctx = ctx.replace(modality_BT=self.modality(tokens_BT))
         x_BTD = axes.constrain(self.embed(tokens_BT, ctx), "batch", "length", "act_embed")
         x_BTD, aux = self.stack(x_BTD, ctx)
         return Output(axes.constrain(self._hidden(x_BTD), "batch", "length", "act_embed"), aux)
@@ -90,7 +104,8 @@ class LanguageModel(nnx.Module):
         B, T = tokens_BT.shape
         lengths_B = jnp.full(B, T, jnp.int32) if lengths_B is None else lengths_B.astype(jnp.int32)
         positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
-        ctx = Context(positions_BT=positions_BT, segments_BT=None, lengths_B=lengths_B)
+        modality_BT = self.modality(tokens_BT)
+        ctx = Context(positions_BT=positions_BT, segments_BT=None, lengths_B=lengths_B, modality_BT=modality_BT)
         x_BTD, stack = self.stack.extend(self.embed(tokens_BT, ctx), cache["stack"], ctx)
         return self._hidden(x_BTD), {"length_B": start_B + lengths_B, "stack": stack}
 

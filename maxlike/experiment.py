@@ -24,12 +24,14 @@ class AbstractModel:
     """A model without its numbers: what jit, the sharding and the checkpoint need.
 
     graph: the static part. params, buffers: nested pure dicts of shapes. axes: the logical axes of each parameter.
+    buffer_rules: how each buffer changes after a step, see `layers.axes.buffer`.
     """
 
     graph: Any
     params: dict
     buffers: dict
     axes: dict
+    buffer_rules: dict
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -95,6 +97,7 @@ class Experiment:
                 params=nnx.to_pure_dict(params),
                 buffers=nnx.to_pure_dict(buffers),
                 axes=nnx.to_pure_dict(params, extract_fn=lambda variable: variable.get_metadata("axes")),
+                buffer_rules=nnx.to_pure_dict(buffers, extract_fn=lambda variable: variable.get_metadata("rule")),
             )
         return self._abstract
 

@@ -66,6 +66,7 @@ class Program:
                     batch,
                     allow,
                     graph=self.model.graph,
+                    buffer_rules=self.model.buffer_rules,
                     objective=experiment.objective,
                     optimizer=self.optimizer,
                 )

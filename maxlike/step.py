@@ -70,12 +70,14 @@ class Step:
         allow: jax.Array,
         *,
         graph: Any,
+        buffer_rules: dict,
         objective: Callable,
         optimizer: optax.GradientTransformation,
     ) -> tuple[dict, dict[str, jax.Array]]:
-        """(next state, metrics) of one batch. Where `allow` is false the update is dropped (a rewound bad step)."""
+        """(next state, metrics) of one batch. Where `allow` is false the update is dropped (a rewound bad step).
+        buffer_rules: for each buffer its `rule(value, statistic)`, see `layers.axes.buffer`."""
         key = jax.random.fold_in(jax.random.key(state["seed"]), state["step"])
-        loss, metrics, grads = self._gradients(state, batch, key, graph, objective)
+        loss, metrics, grads, statistics = self._gradients(state, batch, key, graph, objective)
         grads = jax.tree.map(lambda g: g / loss.weight, grads)
         grad_norm = optax.tree.norm(grads)
         if self.clip_norm is not None:
@@ -84,7 +86,9 @@ class Step:
         bad, watch = self.guard.judge(state["guard"], loss.value(), grad_norm, allow)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        changed = {"params": params, "opt": opt}
+        statistics = jax.tree.map(lambda s: s / self.micro_batches, statistics)
+        buffers = jax.tree.map(lambda rule, b, s: rule(b, s), buffer_rules, state["buffers"], statistics)
+        changed = {"params": params, "buffers": buffers, "opt": opt}
         if self.ema_decay is not None:
             decay = self.ema_decay
             changed["ema"] = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state["ema"], params)
@@ -109,16 +113,17 @@ class Step:
 
     def _gradients(
         self, state: dict, batch: dict, key: jax.Array, graph: Any, objective: Callable
-    ) -> tuple[Mean, dict[str, Mean], dict]:
-        """Summed loss, summed metrics and summed gradients over the micro-batches."""
+    ) -> tuple[Mean, dict[str, Mean], dict, dict]:
+        """Summed loss, metrics, gradients and statistics of the buffers over the micro-batches."""
 
-        def total(params: dict, part: dict, key: jax.Array):
-            loss, metrics = self.loss(params, state["buffers"], part, key, graph, objective)
+        def total(params: dict, buffers: dict, part: dict, key: jax.Array):
+            loss, metrics = self.loss(params, buffers, part, key, graph, objective)
             return loss.total, (loss, metrics)
 
-        def summed(part: dict, key: jax.Array) -> tuple[Mean, dict[str, Mean], dict]:
-            (_, (loss, metrics)), grads = jax.value_and_grad(total, has_aux=True)(state["params"], part, key)
-            return loss, metrics, grads
+        def summed(part: dict, key: jax.Array) -> tuple[Mean, dict[str, Mean], dict, dict]:
+            differentiate = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+            (_, (loss, metrics)), (grads, statistics) = differentiate(state["params"], state["buffers"], part, key)
+            return loss, metrics, grads, statistics
 
         if self.micro_batches == 1:
             return summed(batch, key)

@@ -1,5 +1,6 @@
 """The pure step: micro-batches, the guard, averaging, clipping, and every mesh give what one device in one go gives."""
 
+import dataclasses
 import functools
 
 import jax
@@ -54,7 +55,9 @@ def start(step, optimizer):
     graph, params, buffers = nnx.split(Bigram(rngs=nnx.Rngs(0)), nnx.Param, axes.Buffer)
     params, buffers = nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
     state = step.init(params, buffers, optimizer, jnp.uint32(0))
-    update = jax.jit(functools.partial(step.update, graph=graph, objective=objective, optimizer=optimizer))
+    update = jax.jit(
+        functools.partial(step.update, graph=graph, buffer_rules={}, objective=objective, optimizer=optimizer)
+    )
     return state, update
 
 
@@ -151,3 +154,52 @@ def test_step_refuses(knobs, message):
 def test_guard_refuses(knobs):
     with pytest.raises(UserError, match=r"Guard\."):
         Guard(**knobs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Towards:
+    """A rule that moves a buffer part of the way to its statistic."""
+
+    rate: float
+
+    def __call__(self, value, statistic):
+        return value + self.rate * (statistic - value)
+
+
+class Watched(Bigram):
+    """Two stacked buffers follow the mean of the token ids; a remat scan lies between them and the loss."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        super().__init__(rngs=rngs)
+        self.seen = axes.buffer(jnp.zeros((2, 1)), ("layers", "experts"), Towards(0.5))
+        self.fixed = axes.buffer(jnp.ones(3), ("experts",))
+
+    def __call__(self, tokens_BT, ctx: Context):
+        y = super().__call__(tokens_BT, ctx) * self.fixed[...][0]
+        mean = jnp.mean(tokens_BT.astype(jnp.float32))
+
+        @jax.checkpoint
+        def body(y, xs):
+            value, index = xs
+            return axes.measure(y, value, (mean + index)[None]), None
+
+        return jax.lax.scan(body, y, (self.seen[...], jnp.arange(2.0)))[0]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_buffers_follow_their_rules_with_statistics_of_the_whole_batch(parts):
+    graph, params, buffers = nnx.split(Watched(rngs=nnx.Rngs(0)), nnx.Param, axes.Buffer)
+    rules = nnx.to_pure_dict(buffers, extract_fn=lambda variable: variable.get_metadata("rule"))
+    params, buffers = nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
+    step, optimizer = Step(micro_batches=parts), optax.sgd(0.1)
+    state = step.init(params, buffers, optimizer, jnp.uint32(0))
+    update = jax.jit(
+        functools.partial(step.update, graph=graph, buffer_rules=rules, objective=objective, optimizer=optimizer)
+    )
+    one = batch()
+    new, _ = update(state, one, jnp.bool_(True))
+    mean = one["inputs"].mean()
+    np.testing.assert_allclose(new["buffers"]["seen"], [[0.5 * mean], [0.5 * (mean + 1)]], rtol=1e-6)
+    np.testing.assert_array_equal(new["buffers"]["fixed"], np.ones(3))
+    dropped, _ = update(state, one, jnp.bool_(False))
+    np.testing.assert_array_equal(dropped["buffers"]["seen"], np.zeros((2, 1)))
