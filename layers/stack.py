@@ -1,5 +1,6 @@
 """Stack: a pattern of blocks repeated in depth, its parameters stacked, scanned or unrolled."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -96,13 +97,15 @@ class Stack(nnx.Module):
     def _run_periods(self, x_BTD, caches, ctx: Context):
         """The repeated part; results of each position of the pattern stacked over the repeats."""
         first, size = len(self.prefix), len(self.periods)
-        if self._scanned():
+        if self.repeats and self._scanned():
 
             def body(x_BTD, xs):
                 index, blocks, caches = xs
                 return self._run(x_BTD, blocks, caches, ctx, first + index * size)
 
             return jax.lax.scan(body, x_BTD, (jnp.arange(self.repeats), self.periods, caches))
+        if not self.repeats:
+            return x_BTD, ()
         out = []
         for index, (blocks, cache) in enumerate(
             zip(unstack(self.periods, self.repeats), unstack(caches, self.repeats))
@@ -131,9 +134,32 @@ class Stack(nnx.Module):
         x_BTD, after = self._run(x_BTD, self.suffix, cache["suffix"], ctx, last)
         return x_BTD, {"prefix": before, "periods": middle, "suffix": after}
 
+    def unrolled(self) -> "Stack":
+        """The same blocks, each with arrays of its own, none repeated; itself where the repeats are scanned.
+
+        For a loop of decoding steps: slicing the stacked parameters and restacking the caches would copy all of them in
+        every step (on CPU 3 times the cost of reading the weights).
+        """
+        if self._scanned():
+            return self
+        flat = copy.copy(self)
+        blocks = [block for period in unstack(self.periods, self.repeats) for block in period]
+        flat.prefix = nnx.List([*self.prefix, *blocks])
+        flat.periods, flat.repeats = nnx.List([]), 0
+        return flat
+
     def flops_per_token(self, length: int) -> float:
         outside = sum(block.flops_per_token(length) for block in (*self.prefix, *self.suffix))
         return outside + self.repeats * sum(block.flops_per_token(length) for block in self.periods)
+
+
+def unroll(network: Any) -> Any:
+    """A network with every Stack in it `unrolled`."""
+
+    def is_stack(part: Any) -> bool:
+        return isinstance(part, Stack)
+
+    return jax.tree.map(lambda part: part.unrolled() if is_stack(part) else part, network, is_leaf=is_stack)
 
 
 def _name_layers(stacked):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.stack import unroll
 from maxlike.decode.sampling import SamplingRows, draw, penalise
 
 NO_TOKEN = -1  # fills the output past a row's end
@@ -54,6 +55,7 @@ def generate(
     and padding write nothing, and noise comes from the request's seed.
     """
     B, T = tokens_BT.shape
+    model = unroll(model)
     cache = model.init_cache(B, T + max_new, cache_dtype)
     # All but the last prompt token fill the cache; the loop begins with the last one. So no position of the prompt is
     # ever projected to the vocabulary but the one that is needed, and there is one copy of the head and the sampler.

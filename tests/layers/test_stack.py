@@ -14,7 +14,7 @@ from layers.block import Block
 from layers.context import Context
 from layers.mlp import GatedMLP
 from layers.norm import RMSNorm
-from layers.stack import REMAT_POLICIES, Stack, unstack
+from layers.stack import REMAT_POLICIES, Stack, unroll, unstack
 from tests.reference.random import random_module
 
 F = functools.partial
@@ -105,12 +105,14 @@ def test_stacked_parameters_are_named_and_differ_by_layer():
     assert not np.allclose(w[0], w[1]) and not np.allclose(w[0], stack.prefix[0].w)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_decoding_equals_the_whole_row(scan):
+@pytest.mark.parametrize(("scan", "flat"), [(True, False), (False, False), (False, True)])
+def test_decoding_equals_the_whole_row(scan, flat):
     quiet = F(Block, mixer=F(Attention, heads=2), ffn=None, norm=RMSNorm)
-    stack = build(pattern=(quiet, LOCAL), prefix=(quiet,), suffix=(), scan=scan)
+    stack = build(pattern=(quiet, LOCAL), prefix=(quiet,), suffix=(quiet,), scan=scan)
     x_BTD = jax.random.normal(jax.random.key(1), (2, T, D))
     whole, _ = jax.jit(lambda x: stack(x, Context.of(x[..., 0])))(x_BTD)
+    stack = unroll(stack) if flat else stack
+    assert stack.repeats == (0 if flat else 2)
     extend = jax.jit(lambda x, cache, ctx: stack.extend(x, cache, ctx))
     cache, at = stack.init_cache(2, T, jnp.float32), 0
     for size in (8, 2, 2):
