@@ -18,6 +18,7 @@ from layers.masked_attention import chunked_attention, masked_attention, visibil
 IMPLEMENTATIONS = {
     "attention": ("cudnn", "blocked", "chunked", "xla"),
     "layers": ("scan", "unrolled"),
+    "grouped_matmul": ("blocked", "ragged_dot"),
 }
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 _chosen: contextvars.ContextVar[tuple[tuple[str, str], ...]] = contextvars.ContextVar("chosen", default=())
