@@ -15,7 +15,7 @@ from maxlike.errors import UserError
 Kind = Literal["experiment", "overlay", "job"]
 # Where each kind lives under `experiments`; a mesh is an overlay that also answers to its own folder's name.
 FOLDERS: dict[str, tuple[str, ...]] = {"experiment": ("",), "overlay": ("overlays", "mesh"), "job": ("jobs",)}
-NOT_EXPERIMENTS = ("overlays", "mesh", "jobs", "data")
+NOT_EXPERIMENTS = ("overlays", "mesh", "jobs", "data", "parts")
 
 
 def roots() -> list[pathlib.Path]:
