@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from maxlike.decode.cache_size import CacheSize
 from maxlike.mfu import CONVENTION, peak_flops
 
 
@@ -21,7 +22,8 @@ class Start:
     parameters, active: counts; active is what one token uses (less than all with experts).
     flops_per_token: training FLOPs by the convention of `maxlike.mfu`. mesh: {axis: size}. batch_tokens: tokens a step.
     memory: predicted bytes a device, or None where the compiler does not tell. device_kind, devices: the hardware.
-    kernels: (operation, implementation, reason). sources: (name, tokens, share of the mixture or None).
+    cache: of decoding, one row. kernels: (operation, implementation, reason). sources: (name, tokens, share of the
+    mixture or None).
     """
 
     parameters: int
@@ -32,6 +34,7 @@ class Start:
     memory: float | None
     device_kind: str
     devices: int
+    cache: CacheSize
     kernels: tuple[tuple[str, str, str], ...]
     sources: tuple[tuple[str, int, float | None], ...]
 
@@ -139,6 +142,14 @@ def _three_digits(x: float) -> str:
     return f"{x:.2f}" if abs(x) < 9.995 else f"{x:.1f}" if abs(x) < 99.95 else f"{x:.0f}"
 
 
+def cache_words(cache: CacheSize) -> str:
+    """A decoding cache for people: 3.07 kB a token and 65.5 kB of state a row."""
+    if cache.refusal is not None:
+        return f"none: {cache.refusal}"
+    state = f" and {quantity(cache.state, 'B')} of state" if cache.state else ""
+    return f"{quantity(cache.a_token, 'B')} a token{state} a row, while decoding"
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: 42 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
     seconds = round(seconds)
@@ -168,6 +179,7 @@ def _start_table(start: Start) -> Table:
     row("mesh", f"{axes} on {start.devices} x {start.device_kind} ({known})")
     row("batch", f"{quantity(start.batch_tokens)} tokens a step")
     row("memory", "not predicted" if start.memory is None else f"{quantity(start.memory, 'B')} a device, predicted")
+    row("cache", cache_words(start.cache))
     for index, (operation, implementation, reason) in enumerate(start.kernels):
         row("" if index else "kernels", f"{operation}: {implementation} ({reason})")
     for index, (name, tokens, share) in enumerate(start.sources):

@@ -1,6 +1,7 @@
 """What a training run leaves behind as it goes: the terminal, metrics.jsonl, TensorBoard events, the report."""
 
 import pathlib
+import statistics
 import time
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax
 
 from layers import kernels
 from maxlike.config import Configuration
-from maxlike.console import Console, Start, duration, quantity
+from maxlike.console import Console, Start, cache_words, duration, quantity
 from maxlike.data.data import Batches
+from maxlike.decode.cache_size import cache_size
 from maxlike.experiment import Experiment
 from maxlike.mfu import mfu
 from maxlike.program import Program
@@ -33,6 +35,7 @@ class Log:
         self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._read_at = 0.0
         self._flops, self._devices = 0.0, 1
+        self._rates: list[float] = []  # tokens/s of each step of this process
         self._samples: list[tuple[str, str]] = []
         self._validation: dict[str, float] = {}
         self._began = time.monotonic()
@@ -73,6 +76,7 @@ class Log:
             memory=_memory(compiled),
             device_kind=device.device_kind,
             devices=self._devices,
+            cache=cache_size(experiment),
             kernels=tuple(kernels.report()),
             sources=tuple(
                 (f"{row['source']} ({row['epochs']:.3g} epochs)", row["tokens"], shares[row["source"]])
@@ -109,6 +113,7 @@ class Log:
         elapsed = now - max(self._read_at, began)
         self._read_at = now
         rate = self.experiment.clock.tokens_per_step / elapsed
+        self._rates.append(rate)
         speed = {
             "tokens_per_second": rate,
             "input_wait": min(waited / elapsed, 1.0),
@@ -156,6 +161,8 @@ class Log:
             ("steps", f"{self.experiment.steps:,}"),
             ("tokens", quantity(self.experiment.steps * self.experiment.clock.tokens_per_step)),
             ("FLOPs a token", quantity(self.experiment.bare().flops_per_token(self.experiment.sequence_length))),
+            *([("tokens a second, median", quantity(statistics.median(self._rates)))] if self._rates else []),
+            ("decoding cache", cache_words(cache_size(self.experiment))),
             ("time since the run was last started", duration(time.monotonic() - self._began)),
             *((f"validation {name}", f"{value:.4f}") for name, value in self._validation.items()),
         ]

@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from maxlike.console import Console, Start, duration, quantity
+from maxlike.console import Console, Start, cache_words, duration, quantity
+from maxlike.decode.cache_size import CacheSize
 
 START = Start(
     parameters=1_234_567_890,
@@ -14,6 +15,7 @@ START = Start(
     memory=61.2e9,
     device_kind="NVIDIA H200",
     devices=8,
+    cache=CacheSize(a_token=3072.0, state=65_536.0),
     kernels=(("attention", "cudnn", "fastest here"), ("layers", "scan", "[not markup]")),
     sources=(("web", 1_200_000_000, 0.8), ("books", 30_000_000, 0.2)),
 )
@@ -44,6 +46,7 @@ def test_the_start_table_says_everything():
         "fsdp 4 x tensor 2 on 8 x NVIDIA H200 (peak 989 TFLOP/s each)",
         "524 k tokens a step",
         "61.2 GB a device, predicted",
+        "cache 3.07 kB a token and 65.5 kB of state a row",
         "kernels attention: cudnn (fastest here)",
         "layers: scan ([not markup])",
         "data web: 1.20 G tokens, 80 % of the mixture",
@@ -51,6 +54,10 @@ def test_the_start_table_says_everything():
     ):
         assert part in text, text
     assert "data 1 " not in text
+
+
+def test_a_network_without_a_cache_says_why():
+    assert cache_words(CacheSize(refusal="only causal attention decodes")) == "none: only causal attention decodes"
 
 
 def test_a_log_gets_a_plain_line_every_few_seconds_and_the_last_one():
