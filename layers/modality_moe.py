@@ -1,0 +1,266 @@
+"""Modality-aware mixture of experts: one group of experts a modality, experts that choose their tokens."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers import axes, selection
+from layers.auxiliary_router import agreement, router_product
+from layers.context import Context
+from layers.experts import Experts
+
+
+@dataclasses.dataclass
+class Routed:
+    """What a group did to the tokens [S, N] of S routing scopes.
+
+    y_SND: float32, 0 for tokens that no expert took. times_SN: how many experts took each. load_E: tokens an expert
+    took. wanted: choices that the router made, buffers left aside. agreement: of the auxiliary router with the router.
+    """
+
+    y_SND: jax.Array
+    times_SN: jax.Array
+    load_E: jax.Array
+    wanted: jax.Array
+    agreement: dict[str, jax.Array]
+
+
+class ExpertGroup(nnx.Module):
+    """The experts of one modality and their router; part of ModalityMoE. A group of one expert has no router: its
+    expert takes every token with weight 1."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        count: int,
+        width: int,
+        capacity_factor: float,
+        capacity_bound: float,
+        auxiliary: Callable | None,
+        rngs: nnx.Rngs,
+    ):
+        self.count, self.share, self.bound = count, capacity_factor / count, capacity_bound
+        self.experts = Experts(dim, count=count, width=width, rngs=rngs)
+        self.router = axes.param(rngs, (dim, count), ("embed", "experts"), axes.normal(0.02)) if count > 1 else None
+        self.auxiliary = auxiliary(dim, outputs=count, rngs=rngs) if auxiliary is not None and count > 1 else None
+
+    def _logits(self, x_SND: jax.Array) -> jax.Array:
+        if self.router is None:
+            return jnp.zeros((*x_SND.shape[:2], 1), jnp.float32)
+        return router_product(x_SND, self.router[...])
+
+    def _gate(self, logits: jax.Array) -> jax.Array:
+        return jnp.ones_like(logits) if self.router is None else jax.nn.sigmoid(logits)
+
+    def by_choice(self, x_SND: jax.Array, member_SN: jax.Array, noise: jax.Array | None) -> Routed:
+        """Each expert takes the best share of its modality's tokens in each scope; `noise` is a key or None."""
+        S, N, D = x_SND.shape
+        logits_SNE = self._logits(x_SND)
+        if noise is not None and self.router is not None:  # the difference of two Gumbel draws is one logistic draw
+            logits_SNE = logits_SNE + jax.random.logistic(noise, logits_SNE.shape)
+        scores_SEN = jnp.where(member_SN[:, None], jnp.swapaxes(logits_SNE, 1, 2), -jnp.inf)
+        wanted_S = selection.share(jnp.sum(member_SN, 1), self.share)
+        slots = min(N, math.ceil(self.bound * self.share * N))
+        index_SEC, taken_SEC = selection.best(scores_SEN, jnp.broadcast_to(wanted_S[:, None], (S, self.count)), slots)
+        row_S11 = jnp.arange(S)[:, None, None]
+        # Empty slots hold zeros: whatever lies in tokens that nobody chose must not reach a gradient.
+        x_SECD = jnp.where(taken_SEC[..., None], x_SND[row_S11, index_SEC], 0)
+        y_ECD = self.experts(jnp.reshape(jnp.swapaxes(x_SECD, 0, 1), (self.count, -1, D)))
+        y_SECD = jnp.swapaxes(jnp.reshape(y_ECD, (self.count, S, slots, D)), 0, 1)
+        gate_SEC = jnp.take_along_axis(jnp.swapaxes(self._gate(logits_SNE), 1, 2), index_SEC, axis=2)
+        weight_SEC = jnp.where(taken_SEC, gate_SEC, 0.0)
+        y_SND = jnp.zeros((S, N, D), jnp.float32).at[row_S11, index_SEC].add(weight_SEC[..., None] * y_SECD)
+        expert_E1 = jnp.arange(self.count)[:, None]
+        chosen_SEN = jnp.zeros(scores_SEN.shape, bool).at[row_S11, expert_E1, index_SEC].set(taken_SEC)
+        told = {}
+        if self.auxiliary is not None and noise is None:  # noise is no part of what an auxiliary router shall learn
+            foretold_SEN = jnp.swapaxes(self.auxiliary(x_SND), 1, 2)
+            told = agreement(foretold_SEN, chosen_SEN, jnp.broadcast_to(member_SN[:, None], chosen_SEN.shape))
+        load_E = jnp.sum(taken_SEC, (0, 2))
+        return Routed(y_SND, jnp.sum(chosen_SEN, 1), load_E, self.count * jnp.sum(wanted_S), told)
+
+    def by_auxiliary(self, x_SND: jax.Array, member_SN: jax.Array) -> Routed:
+        """Each token goes to the experts whose auxiliary router fires, which may be none or all of them: every expert
+        runs on every token, for nothing bounds how many it gets. The weight is the main router's."""
+        S, N, D = x_SND.shape
+        fires_SNE = member_SN[..., None]
+        if self.auxiliary is not None:
+            fires_SNE = fires_SNE & (self.auxiliary(x_SND) > 0)
+        weight_SNE = jnp.where(fires_SNE, self._gate(self._logits(x_SND)), 0.0)
+        y_ECD = self.experts(jnp.broadcast_to(jnp.reshape(x_SND, (1, S * N, D)), (self.count, S * N, D)))
+        y_ESND = jnp.reshape(y_ECD, (self.count, S, N, D)).astype(jnp.float32)
+        y_SND = jnp.einsum("esnd,sne->snd", y_ESND, weight_SNE)
+        load_E = jnp.sum(fires_SNE, (0, 1))
+        return Routed(y_SND, jnp.sum(fires_SNE, 2), load_E, jnp.sum(load_E), {})
+
+
+class ModalityMoE(nnx.Module):
+    """Expert choice inside groups of experts, one group a modality (MoMa: Lin et al. 2024, arXiv 2407.21770, sections
+    2.2 and 2.3; expert choice: Zhou et al. 2022, arXiv 2202.09368).
+
+        y = sum over the experts j of the token's modality that chose it of sigmoid(x . w_j) SwiGLU_j(x)
+
+    Of the b tokens of a modality in a routing scope, each of its E experts takes the floor(b capacity_factor / E) with
+    the highest score (equal ones: the earlier). Scores are not renormalised, and a token that nobody chose gets y = 0.
+    Padding is never routed. x and y: [B, T, D]. ctx.modality_BT comes from LanguageModel.modality_starts.
+
+    Knobs:
+        groups: experts of each modality, in the order of the modality ids: (4, 4). A group of one expert has no router
+            and no gate. One group serves all modalities alike: (8,) is plain expert choice.
+        width F >= 1 of every expert.
+        capacity_factor in (0, E]: how many experts a token gets on average.
+        capacity_bound: for each group the largest share of a scope's tokens that its modality is given room for, in
+            (0, 1]; None for all of them, which is exact and computes each group as if every token were its own. Choices
+            beyond it are dropped, lowest scores first, and counted in the metric "dropped".
+        routing_scope: among which tokens experts choose: "sequence", each row by itself; n >= 1, n neighbouring rows;
+            "batch", all rows (of a micro-batch, where Step.micro_batches cuts the batch).
+        router_noise: "gumbel_sigmoid" adds the difference of two Gumbel draws to the logits in training, in ranking and
+            in the gate; a training call without a key has none.
+        auxiliary: factory of the auxiliary routers, such as AuxiliaryRouter, or None.
+        evaluation: how an evaluation routes: "top_k" as training does, which sees tokens to come, so its loss is too
+            good for a decoder; "auxiliary" as decoding does.
+    Decoding has no tokens to compare with: a token goes to the experts whose auxiliary router fires, with the main
+    router's weight. aux: unselected (share of tokens that no expert took), dropped (share of choices lost to
+    capacity_bound), max_load (most tokens of an expert over its group's mean), and where auxiliary routers are compared
+    with the choice, without noise, auxiliary_bce, auxiliary_accuracy, auxiliary_recall.
+    Refuses an empty group, capacities outside their ranges, several groups without modality ids, another number of
+    modalities than groups, and decoding without auxiliary routers.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        groups: tuple[int, ...],
+        width: int,
+        capacity_factor: float = 1.0,
+        capacity_bound: tuple[float, ...] | None = None,
+        routing_scope: Literal["sequence", "batch"] | int = "sequence",
+        router_noise: Literal["none", "gumbel_sigmoid"] = "none",
+        auxiliary: Callable | None = None,
+        evaluation: Literal["top_k", "auxiliary"] = "top_k",
+        rngs: nnx.Rngs,
+    ):
+        bounds = (1.0,) * len(groups) if capacity_bound is None else tuple(capacity_bound)
+        routed = [count for count in groups if count > 1]
+        _check(groups, capacity_factor, bounds, routing_scope, router_noise)
+        if evaluation not in ("top_k", "auxiliary"):
+            raise ValueError(f"ModalityMoE.evaluation={evaluation!r} must be 'top_k' or 'auxiliary'")
+        if evaluation == "auxiliary" and auxiliary is None and routed:
+            raise ValueError(
+                "ModalityMoE.evaluation='auxiliary' needs ModalityMoE.auxiliary, a factory such as AuxiliaryRouter"
+            )
+        self.routing_scope, self.router_noise, self.evaluation = routing_scope, router_noise, evaluation
+        self.causal = auxiliary is not None or not routed
+        # In groups of one every token has its expert: there is nothing to choose, so no factor either.
+        factors = [capacity_factor if count > 1 else 1.0 for count in groups]
+        self.factor, self.router_flops = sum(factors) / len(groups), 2.0 * dim * sum(routed)
+        self.groups = nnx.List(
+            [
+                ExpertGroup(
+                    dim,
+                    count=count,
+                    width=width,
+                    capacity_factor=factor,
+                    capacity_bound=bound,
+                    auxiliary=auxiliary,
+                    rngs=rngs,
+                )
+                for count, factor, bound in zip(groups, factors, bounds)
+            ]
+        )
+
+    def _members(self, ctx: Context) -> list[jax.Array]:
+        """For each group bool [B, T]: the tokens that are its own."""
+        real_BT = selection.real_tokens(ctx)
+        if len(self.groups) == 1:
+            return [real_BT]
+        if ctx.modality_BT is None:
+            raise ValueError(
+                f"ModalityMoE.groups names {len(self.groups)} modalities and tokens have no modality ids: set "
+                "LanguageModel.modality_starts"
+            )
+        if ctx.modalities not in (None, len(self.groups)):
+            raise ValueError(
+                f"ModalityMoE.groups={tuple(group.count for group in self.groups)} must name as many groups as "
+                f"LanguageModel.modality_starts makes modalities, {ctx.modalities}, or one for all"
+            )
+        return [real_BT & (ctx.modality_BT == modality) for modality in range(len(self.groups))]
+
+    def _scopes(self, rows: int) -> int:
+        """Into how many routing scopes a batch of `rows` rows falls."""
+        size = {"sequence": 1, "batch": rows}.get(self.routing_scope, self.routing_scope)
+        if rows % size:
+            raise ValueError(f"ModalityMoE.routing_scope={size} does not divide a batch of {rows} rows")
+        return rows // size
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if ctx.decoding and not self.causal:
+            raise ValueError(
+                "ModalityMoE.auxiliary is None: expert choice compares a token with later ones, which decoding does "
+                "not have; train auxiliary routers (objective AuxiliaryRouters) and decode with them"
+            )
+        B, T, D = x_BTD.shape
+        by_auxiliary = ctx.decoding or (self.evaluation == "auxiliary" and not ctx.train)
+        S = B if by_auxiliary else self._scopes(B)
+        noisy = self.router_noise == "gumbel_sigmoid" and ctx.train and ctx.key is not None
+        x_SND = jnp.reshape(x_BTD, (S, -1, D))
+        results, members = [], [jnp.reshape(member_BT, (S, -1)) for member_BT in self._members(ctx)]
+        for index, (group, member_SN) in enumerate(zip(self.groups, members)):
+            if by_auxiliary:
+                results.append(group.by_auxiliary(x_SND, member_SN))
+            else:
+                noise = jax.random.fold_in(ctx.key, index) if noisy else None
+                results.append(group.by_choice(x_SND, member_SN, noise))
+        y_BTD = jnp.reshape(sum(result.y_SND for result in results), (B, T, D)).astype(x_BTD.dtype)
+        return axes.constrain(y_BTD, "batch", "length", "act_embed"), _metrics(results, members)
+
+    def flops_per_token(self, length: int) -> float:
+        """The experts that tokens get on average (modalities counted alike, should their capacities differ), and every
+        router; not the room that capacity_bound leaves empty."""
+        return self.factor * self.groups[0].experts.flops_per_row + self.router_flops
+
+
+def _check(groups, capacity_factor, bounds, routing_scope, router_noise) -> None:
+    if not groups or min(groups) < 1:
+        raise ValueError(
+            f"ModalityMoE.groups={groups} needs at least 1 expert in every group: the tokens of a modality without one "
+            "would pass unchanged"
+        )
+    most = min([count for count in groups if count > 1], default=1)
+    if not 0 < capacity_factor <= most or (max(groups) == 1 and capacity_factor != 1):
+        raise ValueError(
+            f"ModalityMoE.capacity_factor={capacity_factor} must be above 0 and at most {most}, the experts of the "
+            "smallest group that chooses (1.0 where every group has one expert)"
+        )
+    if len(bounds) != len(groups) or not all(0 < bound <= 1 for bound in bounds):
+        raise ValueError(
+            f"ModalityMoE.capacity_bound={bounds} needs a share in (0, 1] for each of the {len(groups)} groups, or None"
+        )
+    if routing_scope not in ("sequence", "batch") and (isinstance(routing_scope, str) or routing_scope < 1):
+        raise ValueError(f"ModalityMoE.routing_scope={routing_scope!r} must be 'sequence', 'batch' or rows >= 1")
+    if router_noise not in ("none", "gumbel_sigmoid"):
+        raise ValueError(f"ModalityMoE.router_noise={router_noise!r} must be 'none' or 'gumbel_sigmoid'")
+
+
+def _metrics(results: list[Routed], members: list[jax.Array]) -> dict[str, jax.Array]:
+    real_SN = sum(members) > 0
+    times_SN = sum(result.times_SN for result in results)
+    wanted = sum(result.wanted for result in results)
+    taken = sum(jnp.sum(result.load_E) for result in results)
+    loads = [jnp.max(r.load_E) / jnp.maximum(jnp.mean(r.load_E.astype(jnp.float32)), 1e-9) for r in results]
+    metrics = {
+        "unselected": jnp.sum(real_SN & (times_SN == 0)) / jnp.maximum(jnp.sum(real_SN), 1),
+        "dropped": (wanted - taken) / jnp.maximum(wanted, 1),
+        "max_load": jnp.max(jnp.stack(loads)),
+    }
+    told = [result.agreement for result in results if result.agreement]
+    if told:
+        metrics |= {name: sum(one[name] for one in told) / len(told) for name in told[0]}
+    return metrics

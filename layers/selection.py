@@ -1,0 +1,38 @@
+"""Choosing tokens within static shapes: the best by a score, or the ones a mask keeps."""
+
+import fractions
+
+import jax
+import jax.numpy as jnp
+
+from layers.context import Context
+
+
+def real_tokens(ctx: Context) -> jax.Array:
+    """Bool [B, T]: which tokens are none of the padding, neither of a batch nor of a ragged step of decoding."""
+    real_BT = jnp.ones(ctx.positions_BT.shape, bool) if ctx.segments_BT is None else ctx.segments_BT > 0
+    if ctx.lengths_B is None:
+        return real_BT
+    return real_BT & (jnp.arange(real_BT.shape[1]) < ctx.lengths_B[:, None])
+
+
+def share(count: jax.Array, fraction: float) -> jax.Array:
+    """floor(count * fraction) of int32 counts, exact for fractions with denominators to 10,000 (a float product would
+    give 28 for 0.29 * 100)."""
+    ratio = fractions.Fraction(fraction).limit_denominator(10_000)
+    whole, rest = count // ratio.denominator, count % ratio.denominator
+    return whole * ratio.numerator + rest * ratio.numerator // ratio.denominator
+
+
+def best(scores: jax.Array, count: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """(index, taken), both [..., slots]: where the `slots` largest of scores [..., N] lie, best first, and which of
+    them are among the `count` [...] best. Equal scores go to the lower index; a score of -inf comes last."""
+    order = jnp.argsort(-jax.lax.stop_gradient(scores), axis=-1, stable=True)
+    return order[..., :slots], jnp.arange(slots) < count[..., None]
+
+
+def compact(keep_BT: jax.Array, slots: int) -> jax.Array:
+    """int32 [B, slots]: the indices that keep_BT keeps, ascending, then T (nobody) in the slots that are left."""
+    T = keep_BT.shape[1]
+    index_BT = jnp.sort(jnp.where(keep_BT, jnp.arange(T, dtype=jnp.int32), T), axis=1)
+    return index_BT[:, :slots]

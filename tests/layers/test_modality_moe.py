@@ -1,0 +1,336 @@
+"""Modality-aware expert choice against a loop over experts, and what each modality may not do to the other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from flax import nnx
+
+from layers.attention import Attention
+from layers.auxiliary_router import AuxiliaryRouter
+from layers.block import Block
+from layers.context import Context
+from layers.embed import Head
+from layers.language_model import LanguageModel
+from layers.mixture_of_depths import MixtureOfDepths
+from layers.mlp import GatedMLP
+from layers.modality_moe import ModalityMoE
+from layers.norm import RMSNorm
+from layers.selection import best, compact, share
+from layers.stack import Stack
+from tests.reference.moma import expert_choice
+from tests.reference.random import random_module
+
+B, T, D, W = 2, 18, 8, 12
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(B, T, D)).astype(np.float32)
+MODALITY = RNG.integers(0, 2, (B, T))
+SEGMENTS = np.where(np.arange(T) < [[T], [14]], 1, 0)
+
+
+@functools.cache
+def layer(std=0.5, **knobs):
+    build = functools.partial(ModalityMoE, D, width=W, **knobs)
+    graph, params, _ = random_module(lambda rngs: build(rngs=rngs), std=std)
+    call = jax.jit(lambda params, x_BTD, ctx: nnx.merge(graph, params)(x_BTD, ctx))
+    return graph, params, call
+
+
+def context(modality=MODALITY, segments=SEGMENTS, **fields):
+    segments = None if segments is None else jnp.asarray(segments)
+    ctx = Context.of(jnp.zeros((B, T)), segments_BT=segments, modality_BT=jnp.asarray(modality), modalities=2)
+    return ctx.replace(**fields)
+
+
+def loops(params):
+    """The groups as the reference takes them."""
+    groups = [params["groups"][i] for i in sorted(params["groups"])]
+    return [
+        {k: np.asarray(v) for k, v in group["experts"].items()}
+        | ({"router": np.asarray(group["router"])} if "router" in group else {})
+        for group in groups
+    ]
+
+
+KNOBS = [
+    {"groups": (4, 3)},
+    {"groups": (4, 4), "capacity_factor": 2.0, "routing_scope": "batch"},
+    {"groups": (1, 3), "routing_scope": "batch"},
+    {"groups": (1, 1)},
+    {"groups": (5,), "routing_scope": 1},
+]
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=lambda knobs: "-".join(map(str, knobs["groups"])))
+def test_equals_a_loop_over_experts(knobs):
+    _, params, call = layer(**knobs)
+    got, aux = call(params, X, context())
+    rows = (lambda z: z.reshape(1, B * T, *z.shape[2:])) if knobs.get("routing_scope") == "batch" else (lambda z: z)
+    expected, counts = [], np.zeros((B, T)).reshape(rows(SEGMENTS).shape)
+    for s, (x_ND, modality_N, real_N) in enumerate(zip(rows(X), rows(MODALITY), rows(SEGMENTS) > 0)):
+        y_ND, chosen = expert_choice(x_ND, loops(params), modality_N, real_N, knobs.get("capacity_factor", 1.0))
+        expected.append(y_ND)
+        for tokens in chosen.values():
+            counts[s, tokens] += 1
+    np.testing.assert_allclose(got, np.concatenate(expected).reshape(B, T, D), atol=2e-5)
+    unselected = (counts == 0)[rows(SEGMENTS) > 0].mean()
+    assert float(aux["unselected"]) == pytest.approx(unselected) and float(aux["dropped"]) == 0
+    assert float(aux["max_load"]) == pytest.approx(1)
+
+
+def test_one_expert_each_is_two_dense_networks_chosen_by_modality():
+    _, params, call = layer(groups=(1, 1))
+    got, _ = call(params, X, context(segments=None))
+    dense = []
+    for m in sorted(params["groups"]):
+        experts = params["groups"][m]["experts"]
+        mlp = GatedMLP(D, width=W, rngs=nnx.Rngs(0))
+        for name in ("gate", "up", "down"):
+            getattr(mlp, name).kernel[...] = jnp.asarray(experts[name][0])
+        dense.append(mlp(X, None)[0])
+    np.testing.assert_allclose(got, np.where(MODALITY[..., None] == 1, dense[1], dense[0]), atol=2e-6)
+
+
+def test_all_experts_on_all_tokens_is_a_weighted_sum():
+    """capacity_factor = E and shared weights: both groups give the dense sum of sigmoid-weighted experts."""
+    _, params, call = layer(groups=(3, 3), capacity_factor=3.0)
+    first = min(params["groups"])
+    params = {"groups": dict.fromkeys(params["groups"], params["groups"][first])}
+    got, _ = call(params, X, context(segments=None))
+    group = params["groups"][first]
+    gate = jax.nn.silu(jnp.einsum("btd,edf->btef", X, group["experts"]["gate"]))
+    h = gate * jnp.einsum("btd,edf->btef", X, group["experts"]["up"])
+    y = jnp.einsum("btef,efd,bte->btd", h, group["experts"]["down"], jax.nn.sigmoid(X @ group["router"]))
+    np.testing.assert_allclose(got, y, atol=2e-5)
+
+
+def test_a_permutation_of_the_scope_permutes_the_outputs():
+    _, params, call = layer(groups=(4, 3))
+    order = RNG.permutation(T)
+    plain, _ = call(params, X, context())
+    moved, _ = call(params, X[:, order], context(MODALITY[:, order], SEGMENTS[:, order]))
+    np.testing.assert_allclose(moved, plain[:, order], atol=1e-6)
+
+
+def test_images_do_not_touch_text():
+    _, params, call = layer(groups=(4, 3))
+    plain, _ = call(params, X, context())
+    other, _ = call(params, np.where(MODALITY[..., None] == 1, 3 - X, X), context())
+    text = (MODALITY == 0) & (SEGMENTS > 0)
+    np.testing.assert_array_equal(plain[text], other[text])
+    assert np.abs(plain - other)[(MODALITY == 1) & (SEGMENTS > 0)].max() > 0.1
+
+
+def test_padding_is_not_routed_and_gets_nothing():
+    _, params, call = layer(groups=(4, 3))
+    plain, _ = call(params, X, context())
+    huge, _ = call(params, np.where(SEGMENTS[..., None] > 0, X, 1e4), context())
+    np.testing.assert_array_equal(plain, huge)
+    assert not np.asarray(plain)[SEGMENTS == 0].any()
+
+
+def test_choices_beyond_the_buffer_are_dropped_and_counted():
+    knobs = {"groups": (2, 2), "routing_scope": "batch"}
+    whole = layer(**knobs)[2](layer(**knobs)[1], X, context(np.zeros((B, T), int), None))
+    _, params, call = layer(**knobs, capacity_bound=(0.5, 0.5))
+    exact, aux = call(params, X, context(np.arange(B * T).reshape(B, T) % 2, None))
+    np.testing.assert_allclose(
+        exact, layer(**knobs)[2](params, X, context(np.arange(B * T).reshape(B, T) % 2, None))[0]
+    )
+    assert float(aux["dropped"]) == 0
+    bounded, aux = call(params, X, context(np.zeros((B, T), int), None))  # all tokens are text: half find no room
+    assert float(aux["dropped"]) == pytest.approx(0.5)
+    assert not np.array_equal(bounded, whole[0])
+
+
+def test_ties_go_to_the_earlier_token():
+    scores = jnp.asarray([[0.0, 1.0, 1.0, 1.0, -jnp.inf, 1.0]])
+    index, taken = best(scores, jnp.asarray([3]), 4)
+    np.testing.assert_array_equal(index[0], [1, 2, 3, 5])
+    np.testing.assert_array_equal(taken[0], [True, True, True, False])
+    np.testing.assert_array_equal(compact(jnp.asarray([[False, True, False, True]]), 3), [[1, 3, 4]])
+
+
+def test_shares_are_floors_of_exact_products():
+    assert int(share(jnp.asarray(100), 0.29)) == 29  # 0.29 * 100 is 28.999999999999996
+    counts = np.arange(0, 300_000, 997)
+    np.testing.assert_array_equal(share(jnp.asarray(counts), 1 / 3), counts // 3)
+    np.testing.assert_array_equal(share(jnp.asarray(counts), 1.25 / 4), counts * 5 // 16)
+    assert int(share(jnp.asarray(2_000_000_000), 0.9999)) == 1_999_800_000  # no overflow on the way
+
+
+def test_noise_is_logistic_in_training_alone():
+    """With one expert's weight 1 on everything and every token taken, the gate shows the noisy score itself."""
+    big = 4096
+    graph, params, _ = random_module(
+        lambda rngs: ModalityMoE(2, groups=(2,), width=1, capacity_factor=2.0, router_noise="gumbel_sigmoid", rngs=rngs)
+    )
+    (index,) = params["groups"]
+    ones, first = np.ones((2, 2, 1), np.float32), np.asarray([[[1, 0]], [[0, 1]]], np.float32)  # expert e writes y[e]
+    experts = {"gate": ones, "up": ones, "down": first}
+    params = {"groups": {index: {"experts": experts, "router": np.zeros((2, 2), np.float32)}}}
+    model, x = nnx.merge(graph, params), jnp.full((1, big, 2), 0.5)
+    value = float(jax.nn.silu(1.0))
+
+    def scores(**fields):
+        gate = np.asarray(model(x, Context.of(x[..., 0], **fields))[0]) / value
+        return np.log(gate / (1 - gate))
+
+    noisy = scores(train=True, key=jax.random.key(1))
+    assert scipy.stats.kstest(noisy.ravel(), "logistic").pvalue > 0.01
+    assert noisy.mean() == pytest.approx(0, abs=0.1) and noisy.var() == pytest.approx(np.pi**2 / 3, rel=0.06)
+    assert abs(np.corrcoef(noisy[0].T)[0, 1]) < 0.05
+    for fields in ({}, {"key": jax.random.key(1)}, {"train": True}):
+        np.testing.assert_allclose(scores(**fields), 0, atol=1e-5)
+
+
+def test_gradients_reach_router_and_experts_of_the_chosen():
+    graph, params, _ = layer(groups=(4, 3))
+
+    def loss(params, x):
+        return jnp.sum(jnp.square(nnx.merge(graph, params)(x, context())[0]))
+
+    g_params, g_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, X)
+    assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(g_params))
+    assert not np.asarray(g_x)[SEGMENTS == 0].any()
+    direction, eps = RNG.normal(size=X.shape).astype(np.float32), 1e-3  # small enough to leave every choice as it is
+    slope = (jax.jit(loss)(params, X + eps * direction) - jax.jit(loss)(params, X - eps * direction)) / (2 * eps)
+    assert float(jnp.sum(g_x * direction)) == pytest.approx(float(slope), rel=2e-2)
+
+
+AUXILIARY = {"groups": (4, 3), "auxiliary": AuxiliaryRouter, "evaluation": "auxiliary"}
+
+
+def test_auxiliary_routing_is_causal_and_top_k_is_not():
+    """The second half documents the leak: a later token of the same modality takes an earlier one's place."""
+    _, params, call = layer(**AUXILIARY)
+    changed = X.copy()
+    changed[:, 10:] += RNG.normal(size=changed[:, 10:].shape)
+    outputs = [np.asarray(call(params, x, context(segments=None))[0]) for x in (X, changed)]
+    np.testing.assert_array_equal(outputs[0][:, :10], outputs[1][:, :10])
+    training = context(segments=None, train=True)
+    leaking = [np.asarray(call(params, x, training)[0]) for x in (X, changed)]
+    assert np.abs(leaking[0] - leaking[1])[:, :10].max() > 0.1
+
+
+def test_auxiliary_routing_is_its_formula_and_decodes_token_by_token():
+    graph, params, call = layer(**AUXILIARY)
+    got, aux = call(params, X, context())
+    expected = np.zeros_like(X)
+    for m, index in enumerate(sorted(params["groups"])):
+        group = params["groups"][index]
+        fires = jax.nn.sigmoid(jax.nn.silu(X @ group["auxiliary"]["up"]) @ group["auxiliary"]["out"]) > 0.5
+        fires = fires & ((m == MODALITY) & (SEGMENTS > 0))[..., None]
+        h = jax.nn.silu(jnp.einsum("btd,edf->btef", X, group["experts"]["gate"]))
+        h = h * jnp.einsum("btd,edf->btef", X, group["experts"]["up"])
+        weight = jnp.where(fires, jax.nn.sigmoid(X @ group["router"]), 0)
+        expected += np.asarray(jnp.einsum("btef,efd,bte->btd", h, group["experts"]["down"], weight))
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    assert float(aux["max_load"]) > 1
+    for t in (0, 5):
+        ctx = Context(jnp.full((B, 1), t), None, jnp.ones(B, int), jnp.asarray(MODALITY[:, t : t + 1]), modalities=2)
+        step, _ = nnx.merge(graph, params)(X[:, t : t + 1], ctx)
+        np.testing.assert_allclose(step[:, 0], got[:, t], atol=2e-5)
+
+
+def test_auxiliary_routers_are_judged_by_the_choice_without_changing_it():
+    graph, params, call = layer(**AUXILIARY)
+    training = context(train=True)
+    got, aux = call(params, X, training)
+    _, plain, bare = layer(groups=(4, 3))
+    same = jax.tree_util.tree_map_with_path(lambda path, leaf: _at(params, path), plain)
+    np.testing.assert_array_equal(got, bare(same, X, training)[0])
+    losses, accuracies = [], []
+    for m, index in enumerate(sorted(params["groups"])):
+        group = params["groups"][index]
+        p = jax.nn.sigmoid(jax.nn.silu(X @ group["auxiliary"]["up"]) @ group["auxiliary"]["out"])
+        own, chosen = (m == MODALITY) & (SEGMENTS > 0), np.zeros(p.shape, bool)
+        for row in range(B):
+            for (g, e), tokens in expert_choice(X[row], loops(params), MODALITY[row], SEGMENTS[row] > 0)[1].items():
+                if g == m:
+                    chosen[row, tokens, e] = True
+        losses.append(np.mean(-np.where(chosen, np.log(p), np.log(1 - p))[own]))
+        accuracies.append(np.mean(((np.asarray(p) > 0.5) == chosen)[own]))
+    assert float(aux["auxiliary_bce"]) == pytest.approx(np.mean(losses), rel=1e-4)
+    assert float(aux["auxiliary_accuracy"]) == pytest.approx(np.mean(accuracies), rel=1e-5)
+    gradient = jax.jit(jax.grad(lambda p: nnx.merge(graph, p)(jnp.asarray(X), training)[1]["auxiliary_bce"]))(params)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
+        moved = "auxiliary" in jax.tree_util.keystr(path)
+        assert bool(np.abs(leaf).max() > 0) == moved, jax.tree_util.keystr(path)
+
+
+def _at(tree, path):
+    for key in path:
+        tree = tree[key.key]
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"groups": (4, 0)}, r"ModalityMoE\.groups=\(4, 0\) needs at least 1 expert"),
+        ({"groups": ()}, r"ModalityMoE\.groups"),
+        ({"groups": (4, 3), "capacity_factor": 3.5}, r"capacity_factor=3.5 must be above 0 and at most 3"),
+        ({"groups": (4, 4), "capacity_factor": 0.0}, r"capacity_factor=0.0"),
+        ({"groups": (1, 1), "capacity_factor": 0.5}, r"capacity_factor=0.5"),
+        ({"groups": (4, 4), "capacity_bound": (0.5,)}, r"capacity_bound=\(0.5,\) needs a share"),
+        ({"groups": (4, 4), "capacity_bound": (0.5, 1.5)}, r"capacity_bound"),
+        ({"groups": (4, 4), "routing_scope": "shard"}, r"routing_scope='shard'"),
+        ({"groups": (4, 4), "routing_scope": 0}, r"routing_scope=0"),
+        ({"groups": (4, 4), "router_noise": "gaussian"}, r"router_noise='gaussian'"),
+        ({"groups": (4, 4), "evaluation": "auxiliary"}, r"evaluation='auxiliary' needs ModalityMoE\.auxiliary"),
+        ({"groups": (4, 4), "evaluation": "causal"}, r"evaluation='causal'"),
+    ],
+)
+def test_refused_knobs(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        ModalityMoE(D, width=W, **knobs, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "fields", "message"),
+    [
+        ({"groups": (2, 2)}, {"lengths_B": jnp.ones(B, int)}, r"ModalityMoE\.auxiliary is None"),
+        ({"groups": (2, 2)}, {"modality_BT": None}, r"LanguageModel\.modality_starts"),
+        ({"groups": (2, 2)}, {"modalities": 3}, r"ModalityMoE\.groups=\(2, 2\) must name as many .* 3, or one for all"),
+        ({"groups": (2, 2), "routing_scope": 3}, {}, r"routing_scope=3 does not divide a batch of 2 rows"),
+    ],
+)
+def test_refused_calls(knobs, fields, message):
+    graph, params, _ = layer(**knobs)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: nnx.merge(graph, params)(jnp.asarray(X), context(**fields)))
+
+
+DENSE = [("90M", 8, 512, 8, "210M"), ("435M", 24, 1024, 16, "1.9B"), ("1.4B", 24, 2048, 16, "7.1B")]
+DEEP = [("110M", 14, 512, 8, "317M"), ("635M", 40, 1024, 16, "3B"), ("2.3B", 32, 2304, 18, "12B")]
+
+
+@pytest.mark.parametrize(("dense", "depth", "dim", "heads", "sparse"), DENSE + DEEP)
+def test_published_parameter_counts(dense, depth, dim, heads, sparse):
+    """Table 1 of arXiv 2407.21770: untied embeddings of 65,536, no biases, experts of width floor(8 D / 3)."""
+    width, deep = 8 * dim // 3, dense in [row[0] for row in DEEP]
+
+    def model(ffn):
+        block = functools.partial(Block, mixer=functools.partial(Attention, heads=heads), ffn=ffn, norm=RMSNorm)
+        pattern = (functools.partial(MixtureOfDepths, block=block), block) if deep else (block,)
+        stack = functools.partial(Stack, pattern=pattern, depth=depth)
+        head = functools.partial(Head, tied=False)
+        return LanguageModel(vocab=65536, dim=dim, stack=stack, norm=RMSNorm, head=head, rngs=nnx.Rngs(params=0))
+
+    def count(ffn):
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: nnx.split(model(ffn))[1])))
+
+    extra = depth * (2 * dim) + dim + (depth // 2 * dim if deep else 0)  # norms, and routers over depth
+    rest, expert = 2 * 65536 * dim + 4 * dim * dim * depth, 3 * dim * width * depth
+    assert count(functools.partial(GatedMLP, width=width)) == rest + expert + extra
+    for groups in ((8,), (4, 4)):
+        assert count(functools.partial(ModalityMoE, groups=groups, width=width)) == (
+            rest + 8 * expert + extra + depth * dim * 8
+        )
+    unit = {"M": 1e6, "B": 1e9}
+    for published, experts in ((dense, 1), (sparse, 8)):
+        assert rest + experts * expert == pytest.approx(float(published[:-1]) * unit[published[-1]], rel=0.06)
