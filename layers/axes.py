@@ -22,6 +22,7 @@ PARAMETER_AXES = {
     "latent": "compressed width of queries, or of keys and values (MLA)",
     "mlp": "feed-forward width (F)",
     "experts": "experts (E)",
+    "auxiliary": "hidden width of an auxiliary router",
     "groups": "groups of heads that share the keys and queries of a recurrent state",
     "state": "recurrent state width (N)",
     "taps": "convolution taps",
