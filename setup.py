@@ -21,6 +21,7 @@ setup(
         "gin-config==0.5.0",
         "absl-py>=2.1",
         "numpy>=2.0",
+        "safetensors>=0.5",
         "tokenizers>=0.21",
         "rich>=13",
         "matplotlib>=3.9",
@@ -40,7 +41,6 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
-            "safetensors>=0.5",
         ],
     },
 )

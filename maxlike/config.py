@@ -72,8 +72,9 @@ class Configuration:
         return f"# {title}\n# The operative configuration of a run, defaults included.\n{self.operative}"
 
     def inside(self, factory: Callable) -> Callable:
-        """`factory`, called under this configuration."""
+        """`factory`, called under this configuration; `inspect.unwrap` gives it back."""
 
+        @functools.wraps(factory)
         def build(*args, **kwargs):
             with self.active(), _mistakes_as_sentences(self.name):
                 return factory(*args, **kwargs)

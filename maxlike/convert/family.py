@@ -1,0 +1,36 @@
+"""What a family of architectures is; see the package's docstring for how to write one."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from maxlike.convert.config_json import ConfigJson
+from maxlike.convert.structure import Structure
+from maxlike.convert.tensors import Rule
+
+
+class Family:
+    """Names of the classes in config.json's `architectures` (the first is the one we write), the `model_type`, the
+    table of tensors, and both directions of the configuration.
+
+    ignored: patterns (regular expressions) of tensors that files may hold and that are no parameters.
+    tied: {name: other name} of tensors that files may hold twice; where the network has no parameter for the first,
+        it must equal the second.
+    prefix: a prefix of names that some files leave out.
+    """
+
+    architectures: ClassVar[tuple[str, ...]]
+    model_type: ClassVar[str]
+    tensors: ClassVar[tuple[Rule, ...]]
+    ignored: ClassVar[tuple[str, ...]] = (r".*rotary_emb\.inv_freq",)
+    tied: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    prefix: ClassVar[str] = ""
+
+    def network(self, config: ConfigJson) -> Callable[..., Any]:
+        """The factory of the network, called with rngs=. Takes every key that matters; refuses by name what our layers
+        cannot express. Inner factories are functools.partial of classes of `layers`."""
+        raise ValueError(f"{type(self).__name__} does not say how a network follows from config.json")
+
+    def config(self, net: Structure) -> dict[str, Any]:
+        """The keys of config.json that describe a network. It need not check that they describe all of it: the exporter
+        does. Raises Cannot (as the accessors of Structure do) for a network of another kind."""
+        raise ValueError(f"{type(self).__name__} does not say how config.json follows from a network")
