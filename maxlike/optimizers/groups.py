@@ -14,7 +14,8 @@ from maxlike.schedules import Rate
 Kind = Literal["matrix", "embedding", "vector"]
 
 STACKS = ("layers", "experts")  # in front of the other axes these count matrices, they are no side of one
-HEADS = ("heads", "kv_heads", "head_dim")  # neighbours among these are one side: heads * head_dim
+# Neighbours among these are one side: heads * head_dim, groups * state.
+HEADS = ("heads", "kv_heads", "groups", "head_dim", "state")
 TABLES = ("vocab", "positions")  # rows looked up by an index, and the output head
 VECTORS = ("norm", "taps")  # gains, offsets, convolution taps: no matrix whatever their shape
 
