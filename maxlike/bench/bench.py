@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal
 
-from maxlike.bench import data, loop, record, start, torch_llama, train, whole
+from maxlike.bench import data, decode, loop, record, start, torch_llama, train, whole
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 
@@ -15,6 +15,7 @@ BENCHMARKS: dict[str, Callable[[Experiment, int, int], record.Result]] = {
     "data": data.measure,
     "train": train.measure,
     "whole": whole.measure,
+    "decode": decode.measure,
 }
 
 
@@ -22,7 +23,7 @@ def bench(
     experiment: Experiment,
     run_dir: pathlib.Path | None = None,
     *,
-    name: Literal["all", "torch_llama", "loop", "start", "data", "train", "whole"] = "all",
+    name: Literal["all", "torch_llama", "loop", "start", "data", "train", "whole", "decode"] = "all",
     repeats: int = 5,
     steps: int = 20,
     out: str = "benchmarks",
@@ -31,8 +32,8 @@ def bench(
 
     name: torch_llama (a small Llama against PyTorch), loop (what the training loop adds to the compiled step), start
     (command to first step), data (building layers, reading batches), train (tokens/s and MFU of the experiment), whole
-    (the experiment from command to report), or all of them. repeats: processes or passes of each. steps: timed steps in
-    each. out: folder of the records.
+    (the experiment from command to report), decode (a decoding step against the reads of its weights), or all of them.
+    repeats: processes or passes of each. steps: timed steps in each. out: folder of the records.
     """
     if repeats < 1 or steps < 3:
         raise UserError(f"--repeats {repeats} must be at least 1 and --steps {steps} at least 3")
