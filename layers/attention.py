@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers import axes, kernels
+from layers.attention_gate import gated
+from layers.cache import real, write
 from layers.context import Context
 from layers.linear import Linear
 
@@ -16,7 +18,7 @@ class Attention(nnx.Module):
     """Dot-product attention of a row on itself (Vaswani et al. 2017; grouped-query: Ainslie et al. 2023, arXiv
     2305.13245).
 
-    x and y: [B, T, D]. aux is empty. Tokens see only their own segment.
+    x and y: [B, T, D]. aux: the gate's metrics, if any. Tokens see only their own segment.
 
     Knobs:
         heads H >= 1; kv_heads G, a divisor of H: None for H (multi-head), 1 for multi-query; head_dim K, None for D /
@@ -28,6 +30,7 @@ class Attention(nnx.Module):
         positions away (itself included), None for all.
         scale > 0 of the scores, None for 1 / sqrt(K). soft_cap > 0: scores become soft_cap * tanh(score / soft_cap)
         (arXiv 2408.00118). sinks: a learned logit a head joins the softmax with no value (arXiv 2508.10925).
+        gate: factory of a gate such as AttentionGate (arXiv 2505.06708), or None.
     Decoding: keys are cached after qk_norm and rotation. A full cache holds [B, S, G, K]; with a window it is a ring of
         `window` slots with the position that each one holds, -1 where empty. Padding is never written.
     Refuses heads that kv_heads does not divide, a head_dim that does not follow from D, and a cache without causality.
@@ -49,6 +52,7 @@ class Attention(nnx.Module):
         scale: float | None = None,
         soft_cap: float | None = None,
         sinks: bool = False,
+        gate: Callable | None = None,
         rngs: nnx.Rngs,
     ):
         H, G = heads, heads if kv_heads is None else kv_heads
@@ -76,21 +80,37 @@ class Attention(nnx.Module):
         self.query_norm = None if qk_norm is None else qk_norm(K, rngs=rngs)
         self.key_norm = None if qk_norm is None else qk_norm(K, rngs=rngs)
         self.sinks = axes.param(rngs, (H,), ("heads",), axes.normal(0.02)) if sinks else None
+        self.gate = None if gate is None else gate(dim, H, G, K, rngs=rngs)
 
-    def _project(self, x_BTD, positions_BT):
-        """Queries, keys and values, normed and rotated."""
+    def _project(self, x_BTD):
+        """Queries, keys and values, normed and gated but not rotated, and the gate's score."""
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+        score = None if self.gate is None else self.gate.score(x_BTD)
+        q_BTHK = gated(self.gate, "g4", q_BTHK, score)
+        k_BTGK = gated(self.gate, "g3", k_BTGK, score)
+        return q_BTHK, k_BTGK, gated(self.gate, "g2", v_BTGK, score), score
+
+    def _rotate(self, q_BTHK, k_BTGK, v_BTGK, ctx: Context):
+        """Queries and keys rotated; values as they are."""
         if self.rope is not None:
-            q_BTHK, k_BTGK = self.rope(q_BTHK, positions_BT), self.rope(k_BTGK, positions_BT)
+            q_BTHK, k_BTGK = self.rope(q_BTHK, ctx.positions_BT), self.rope(k_BTGK, ctx.positions_BT)
         return tuple(axes.constrain(z, "batch", "length", "act_heads", None) for z in (q_BTHK, k_BTGK, v_BTGK))
+
+    def _finish(self, y_BTHK, score):
+        """The output projection, with the gates around it."""
+        return gated(self.gate, "g5", self.out(gated(self.gate, "g1", y_BTHK, score)), score)
+
+    def _aux(self, score, ctx: Context) -> dict[str, jax.Array]:
+        return {} if self.gate is None else self.gate.metrics(score, ctx)
 
     def _sinks(self):
         return None if self.sinks is None else self.sinks[...]
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
-        q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, ctx.positions_BT)
+        q_BTHK, k_BTGK, v_BTGK, score = self._project(x_BTD)
+        q_BTHK, k_BTGK, v_BTGK = self._rotate(q_BTHK, k_BTGK, v_BTGK, ctx)
         y_BTHK = kernels.attention(
             q_BTHK,
             k_BTGK,
@@ -102,7 +122,7 @@ class Attention(nnx.Module):
             segments_BT=ctx.segments_BT,
             sinks_H=self._sinks(),
         )
-        return self.out(y_BTHK), {}
+        return self._finish(y_BTHK, score), self._aux(score, ctx)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, Any]:
         """An empty cache for rows of at most `length` tokens."""
@@ -115,21 +135,18 @@ class Attention(nnx.Module):
 
     def extend(self, x_BTD: jax.Array, cache: dict[str, Any], ctx: Context) -> tuple[jax.Array, dict[str, Any]]:
         """Appends T tokens a row, of which the first ctx.lengths_B are real, at ctx.positions_BT."""
-        q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, ctx.positions_BT)
-        T, slots = x_BTD.shape[1], cache["k"].shape[1]
-        new = {"k": k_BTGK.astype(cache["k"].dtype), "v": v_BTGK.astype(cache["v"].dtype)}
-        lengths_B1 = jnp.full((x_BTD.shape[0], 1), T) if ctx.lengths_B is None else ctx.lengths_B[:, None]
-        index_1T = jnp.arange(T)[None]
-        real_BT = index_1T < lengths_B1
+        q_BTHK, k_BTGK, v_BTGK, score = self._project(x_BTD)
+        q_BTHK, k_BTGK, v_BTGK = self._rotate(q_BTHK, k_BTGK, v_BTGK, ctx)
+        new, real_BT, slots = {"k": k_BTGK, "v": v_BTGK}, real(ctx), cache["k"].shape[1]
         if self.window is None:
-            cache = _write(cache, new, jnp.where(real_BT, ctx.positions_BT, slots))
+            cache = write(cache, new, jnp.where(real_BT, ctx.positions_BT, slots))
             seen, k_positions_BS = cache, jnp.arange(slots)[None]
         else:
             # Attend before writing: a chunk longer than the ring would overwrite keys that its first tokens still see.
             new["position"] = jnp.where(real_BT, ctx.positions_BT, -1)
-            seen = {name: jnp.concatenate([cache[name], new[name]], 1) for name in cache}
-            last_BT = real_BT & (index_1T >= lengths_B1 - slots)
-            cache = _write(cache, new, jnp.where(last_BT, ctx.positions_BT % slots, slots))
+            seen = {name: jnp.concatenate([cache[name], new[name].astype(cache[name].dtype)], 1) for name in cache}
+            last_BT = real_BT & (jnp.arange(real_BT.shape[1]) >= jnp.sum(real_BT, 1, keepdims=True) - slots)
+            cache = write(cache, new, jnp.where(last_BT, ctx.positions_BT % slots, slots))
             k_positions_BS = seen["position"]
         visible_BTS = kernels.visibility(ctx.positions_BT, k_positions_BS, causal=True, window=self.window)
         visible_BTS = visible_BTS & (k_positions_BS >= 0)[:, None, :]
@@ -142,17 +159,12 @@ class Attention(nnx.Module):
             soft_cap=self.soft_cap,
             sinks_H=self._sinks(),
         )
-        return self.out(y_BTHK), cache
+        return self._finish(y_BTHK, score), cache
 
     def flops_per_token(self, length: int) -> float:
         """Projections, and scores and mixing over the mean number of visible keys: half the row if causal."""
         window = length if self.window is None else min(self.window, length)
         keys = window - window**2 / (2 * length) if self.causal else min(length, 2 * window - 1)
         projections = sum(part.flops_per_token() for part in (self.query, self.key, self.value, self.out))
-        return projections + 2 * 2.0 * self.query.outputs * keys
-
-
-def _write(cache: dict[str, Any], new: dict[str, Any], slot_BT: jax.Array) -> dict[str, Any]:
-    """Puts token t of row b into slot_BT[b, t]; a slot past the end writes nothing."""
-    row_B1 = jnp.arange(slot_BT.shape[0])[:, None]
-    return {name: cache[name].at[row_B1, slot_BT].set(new[name], mode="drop") for name in cache}
+        gate = 0.0 if self.gate is None else self.gate.flops_per_token()
+        return projections + gate + 2 * 2.0 * self.query.outputs * keys

@@ -17,6 +17,7 @@ from layers.masked_attention import chunked_attention, masked_attention, visibil
 
 IMPLEMENTATIONS = {
     "attention": ("cudnn", "blocked", "chunked", "xla"),
+    "dual_chunk": ("whole", "chunked"),
     "layers": ("scan", "unrolled"),
     "grouped_matmul": ("blocked", "ragged_dot"),
 }
@@ -85,12 +86,13 @@ def attention(
     segments_BT: jax.Array | None = None,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of a row on itself: softmax(cap(scale q k^T) where visible, with sinks) v, [B, T, H, K].
+    """Attention of a row on itself: softmax(cap(scale q k^T) where visible, with sinks) v, [B, T, H, V].
 
     A query sees a key of its own segment, not after it if causal, and fewer than `window` positions away. H must be a
-    multiple of the number of key heads G. Softmax in float32.
+    multiple of the number of key heads G; V, the width of a value, may differ from K. Softmax in float32.
     """
-    implementation = take("attention", *pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H))
+    width = max(q_BTHK.shape[3], v_BTGK.shape[3])
+    implementation = take("attention", *pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H, width))
     if implementation == "cudnn":
         return _cudnn(q_BTHK, k_BTGK, v_BTGK, segments_BT, scale=scale, causal=causal, window=window)
     if implementation in ("blocked", "chunked"):
@@ -106,9 +108,10 @@ def attention(
     return masked_attention(q_BTHK, k_BTGK, v_BTGK, visible_BTS, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H)
 
 
-def pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H) -> tuple[str, str]:
-    """The fastest implementation that has every feature asked for, and why no faster one."""
-    T, K = q_BTHK.shape[1], q_BTHK.shape[3]
+def pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H, width=None) -> tuple[str, str]:
+    """The fastest implementation that has every feature asked for, and why no faster one; width: of a head, None for
+    that of the queries."""
+    T, K = q_BTHK.shape[1], q_BTHK.shape[3] if width is None else width
     # Blocks keep half of all scores for the backward pass: worth it up to this length.
     in_xla = "blocked" if T <= 1024 else "chunked"
     if platform() == "cpu":
@@ -133,7 +136,10 @@ def _cudnn(q_BTHK, k_BTGK, v_BTGK, segments_BT, *, scale, causal, window):
     if segments_BT is not None:
         mask_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
     sides = None if window is None else (window - 1, 0 if causal else window - 1)
-    return jax.nn.dot_product_attention(
+    # One width for keys and values: zeros change no score, and those of the values are cut off again.
+    value_dim, width = v_BTGK.shape[3], max(q_BTHK.shape[3], v_BTGK.shape[3])
+    q_BTHK, k_BTGK, v_BTGK = (jnp.pad(z, [(0, 0)] * 3 + [(0, width - z.shape[3])]) for z in (q_BTHK, k_BTGK, v_BTGK))
+    y_BTHK = jax.nn.dot_product_attention(
         q_BTHK,
         k_BTGK,
         v_BTGK,
@@ -143,3 +149,4 @@ def _cudnn(q_BTHK, k_BTGK, v_BTGK, segments_BT, *, scale, causal, window):
         local_window_size=sides,
         implementation="cudnn",
     )
+    return y_BTHK[..., :value_dim]

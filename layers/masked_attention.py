@@ -78,14 +78,14 @@ def chunked_attention(
                 q_BCHK, k_BSGK[:, keys], v_BSGK[:, keys], visible_BCS, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H
             )
 
-        xs = jax.tree.map(lambda x: _chunks(x[:, start:end], chunk), (q_BTHK, positions_1T, segments_BT))  # noqa: B023
+        xs = jax.tree.map(lambda x: chunks(x[:, start:end], chunk), (q_BTHK, positions_1T, segments_BT))  # noqa: B023
         y_NBCHK = jax.lax.map(attend, xs)
         y_BCHK = jnp.reshape(jnp.swapaxes(y_NBCHK, 0, 1), (y_NBCHK.shape[1], -1, *y_NBCHK.shape[3:]))
         outputs.append(y_BCHK[:, : end - start])
     return jnp.concatenate(outputs, 1)
 
 
-def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+def chunks(x: jax.Array, chunk: int) -> jax.Array:
     """[B, T, ...] -> [T / chunk, B, chunk, ...], padded with zeros to whole chunks."""
     count = -(-x.shape[1] // chunk)
     x = jnp.pad(x, [(0, 0), (0, count * chunk - x.shape[1])] + [(0, 0)] * (x.ndim - 2))

@@ -1,0 +1,166 @@
+"""Dual chunk attention: rows longer than those in training, without one distance that training has not seen."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers import axes, kernels
+from layers.attention import Attention
+from layers.cache import real, write
+from layers.context import Context
+from layers.masked_attention import MASKED, chunks, visibility
+
+WHOLE = 1024  # longest row whose T x T scores are held at once
+QUERIES = 256  # queries at a time in longer rows
+
+
+class DualChunk(Attention):
+    """Causal attention with rotary distances folded back into the trained range (Dual Chunk Attention, arXiv
+    2402.17463), in one softmax. Trains nothing: it has the parameters of Attention and reads its checkpoints.
+
+    Keys rotate at position j mod c. A query at i meets the keys of chunk floor(j / c), D = floor(i/c) - floor(j/c), at
+
+        D = 0   i mod c                             exact distance
+        D = 1   min(i mod c + c, c + w - 1)         exact for the w nearest tokens across the border
+        D > 1   c + w - 1
+
+    so no distance exceeds c + w - 1, and a row of up to c + w tokens is ordinary attention.
+
+    x and y: [B, T, D]. aux: the gate's metrics, if any. Tokens see only their own segment, whose chunks count from its
+    first token.
+
+    Knobs:
+        heads, kv_heads, head_dim, qk_norm, qkv_bias, out_bias, scale, gate: as in Attention. rope: factory of a rotary
+        embedding that keeps the trained frequencies: interpolating them as well is worse than either alone.
+        chunk c >= 1 and local w, 1 <= w <= c, in tokens. trained_length L0 in tokens, c + w <= L0.
+        logit_scale: what multiplies scores of a query with n = i + 1 > L0 tokens so far: "none" 1; "once" 0.1 ln(n /
+        L0) + 1; "yarn_sq" its square, the temperature of YaRN. Counting the tokens so far instead of the final length,
+        which a decoder does not know, makes decoding equal the whole row.
+    Decoding: keys are cached rotated at j mod c and never rotated again; the cache is that of Attention.
+    Refuses chunks and local windows outside their ranges, and what Attention refuses.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        chunk: int,
+        local: int,
+        trained_length: int,
+        rope: Callable,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: Callable | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        scale: float | None = None,
+        logit_scale: Literal["none", "once", "yarn_sq"] = "none",
+        gate: Callable | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if chunk < 1:
+            raise ValueError(f"DualChunk.chunk={chunk} must be at least 1 token")
+        if not 1 <= local <= chunk:
+            raise ValueError(f"DualChunk.local={local} must lie between 1 and chunk={chunk}")
+        if chunk + local > trained_length:
+            raise ValueError(
+                f"DualChunk.chunk={chunk} + local={local} exceeds trained_length={trained_length}: distances up to "
+                "chunk + local - 1 would be new to the model, so lower either"
+            )
+        if logit_scale not in ("none", "once", "yarn_sq"):
+            raise ValueError(f"DualChunk.logit_scale={logit_scale!r} must be 'none', 'once' or 'yarn_sq'")
+        super().__init__(
+            dim,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            rope=rope,
+            qk_norm=qk_norm,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            scale=scale,
+            gate=gate,
+            rngs=rngs,
+        )
+        self.chunk, self.local, self.trained_length = chunk, local, trained_length
+        self.temperature_power = {"none": 0, "once": 1, "yarn_sq": 2}[logit_scale]
+
+    def query_positions(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Where queries rotate for keys of their own chunk, the one before, and all earlier ones."""
+        inside_BT = positions_BT % self.chunk
+        last = self.chunk + self.local - 1
+        return inside_BT, jnp.minimum(inside_BT + self.chunk, last), jnp.full_like(inside_BT, last)
+
+    def _rotate_chunks(self, q_BTHK, k_BTGK, v_BTGK, positions_BT, chunks_apart: int):
+        """A query for each of the distances 0..chunks_apart, at most 2, times scale; keys at j mod c; values."""
+        q_BTHK = q_BTHK * self.scale
+        if self.temperature_power:
+            excess_BT = (positions_BT.astype(jnp.float32) + 1) / self.trained_length
+            temperature_BT = (0.1 * jnp.log(jnp.maximum(excess_BT, 1.0)) + 1) ** self.temperature_power
+            q_BTHK = q_BTHK * temperature_BT[:, :, None, None].astype(q_BTHK.dtype)
+        places = self.query_positions(positions_BT)[: min(chunks_apart, 2) + 1]
+        queries = tuple(self.rope(q_BTHK, place_BT) for place_BT in places)
+        keys = self.rope(k_BTGK, positions_BT % self.chunk)
+        return jax.tree.map(lambda z: axes.constrain(z, "batch", "length", "act_heads", None), (queries, keys, v_BTGK))
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        q_BTHK, k_BTGK, v_BTGK, score = self._project(x_BTD)
+        T = x_BTD.shape[1]
+        # Two tokens of a row are at most T - 1 apart, wherever the row starts in its document.
+        apart = math.ceil((T - 1) / self.chunk)
+        queries, k_BTGK, v_BTGK = self._rotate_chunks(q_BTHK, k_BTGK, v_BTGK, ctx.positions_BT, apart)
+        chunk_BT = ctx.positions_BT // self.chunk
+        index_BT = jnp.broadcast_to(jnp.arange(T), chunk_BT.shape)
+
+        def attend(xs):
+            queries, index_BC, chunk_BC, segments_BC = xs
+            visible_BCS = visibility(index_BC, index_BT, causal=True, window=None)
+            if segments_BC is not None:
+                visible_BCS = visible_BCS & (segments_BC[:, :, None] == ctx.segments_BT[:, None, :])
+            apart_BCS = chunk_BC[:, :, None] - chunk_BT[:, None, :]
+            return _attend(queries, k_BTGK, v_BTGK, apart_BCS, visible_BCS)
+
+        xs = (queries, index_BT, chunk_BT, ctx.segments_BT)
+        reason = "no flash kernel chooses among three rotations of a query"
+        if kernels.take("dual_chunk", "whole" if T <= WHOLE else "chunked", reason) == "whole":
+            y_BTHK = attend(xs)
+        else:
+            y_NBCHK = jax.lax.map(jax.checkpoint(attend), jax.tree.map(lambda x: chunks(x, QUERIES), xs))
+            y_BTHK = jnp.reshape(jnp.swapaxes(y_NBCHK, 0, 1), (x_BTD.shape[0], -1, *y_NBCHK.shape[3:]))[:, :T]
+        return self._finish(y_BTHK, score), self._aux(score, ctx)
+
+    def extend(
+        self, x_BTD: jax.Array, cache: dict[str, jax.Array], ctx: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Appends T tokens a row, of which the first ctx.lengths_B are real, at ctx.positions_BT."""
+        q_BTHK, k_BTGK, v_BTGK, score = self._project(x_BTD)
+        slots = cache["k"].shape[1]
+        apart = (slots - 1) // self.chunk
+        queries, k_BTGK, v_BTGK = self._rotate_chunks(q_BTHK, k_BTGK, v_BTGK, ctx.positions_BT, apart)
+        cache = write(cache, {"k": k_BTGK, "v": v_BTGK}, jnp.where(real(ctx), ctx.positions_BT, slots))
+        position_1S = jnp.arange(slots)[None]
+        visible_BTS = visibility(ctx.positions_BT, position_1S, causal=True, window=None)
+        apart_BTS = (ctx.positions_BT // self.chunk)[:, :, None] - (position_1S // self.chunk)[:, None, :]
+        k_BSGK, v_BSGK = cache["k"].astype(x_BTD.dtype), cache["v"].astype(x_BTD.dtype)
+        y_BTHK = _attend(queries, k_BSGK, v_BSGK, apart_BTS, visible_BTS)
+        return self._finish(y_BTHK, score), cache
+
+
+def _attend(queries, k_BSGK, v_BSGK, apart_BTS, visible_BTS) -> jax.Array:
+    """softmax over visible keys of q_d . k, where q_d is the query for keys d = apart chunks back (the last query also
+    for those further back); [B, T, H, K]. Queries carry their scale."""
+    B, T, H, K = queries[0].shape
+    G = k_BSGK.shape[2]
+    s_BGRTS = None
+    for d, q_BTHK in enumerate(queries):
+        q_BTGRK = jnp.reshape(q_BTHK, (B, T, G, H // G, K))
+        part = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+        s_BGRTS = part if s_BGRTS is None else jnp.where(apart_BTS[:, None, None] >= d, part, s_BGRTS)
+    p_BGRTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], s_BGRTS, MASKED), -1).astype(v_BSGK.dtype)
+    y_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", p_BGRTS, v_BSGK)
+    return jnp.reshape(y_BTGRK, (B, T, H, v_BSGK.shape[-1]))
