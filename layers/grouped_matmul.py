@@ -52,22 +52,24 @@ def take_rows(x_RD: jax.Array, index_N: jax.Array, back_RJ: jax.Array) -> jax.Ar
     return _take_rows(x_RD, index_N, back_RJ)
 
 
-def _gather(x_RD, index):
+def gather_rows(x_RD: jax.Array, index: jax.Array) -> jax.Array:
+    """x_RD[index], zero where the index is not in [0, R); the derivative is autodiff's."""
     return x_RD.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 @jax.custom_vjp
 def _take_rows(x_RD, index_N, back_RJ):
-    return _gather(x_RD, index_N)
+    return gather_rows(x_RD, index_N)
 
 
 def _take_rows_backward(back_RJ, g_ND):
     if back_RJ.shape[1] == 1:
-        return _gather(g_ND, back_RJ[:, 0]), None, None
-    return jnp.sum(_gather(g_ND, back_RJ), 1, dtype=jnp.float32).astype(g_ND.dtype), None, None
+        return gather_rows(g_ND, back_RJ[:, 0]), None, None
+    parts = (gather_rows(g_ND, back_RJ[:, j]).astype(jnp.float32) for j in range(back_RJ.shape[1]))
+    return sum(parts).astype(g_ND.dtype), None, None
 
 
-_take_rows.defvjp(lambda x_RD, index_N, back_RJ: (_gather(x_RD, index_N), back_RJ), _take_rows_backward)
+_take_rows.defvjp(lambda x_RD, index_N, back_RJ: (gather_rows(x_RD, index_N), back_RJ), _take_rows_backward)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""Expert choice: experts choose tokens, not tokens experts."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers import axes
+from layers.context import Context
+from layers.moe import real_tokens
+
+
+class ExpertChoice(nnx.Module):
+    """Each expert takes the C tokens of a row that score highest for it (Zhou et al. 2022, arXiv 2202.09368): perfect
+    balance without a loss; a token visits between none and all experts.
+
+    s = softmax over experts of x W in float32; y = sum of s * expert(x) over the experts that took the token, plus the
+    shared feed-forward. x and y: [B, T, D]. aux: "unserved", share of the tokens that no expert took; "entropy" of the
+    router in nats. Padding is never taken.
+
+    Whether a token is taken depends on the tokens after it. That leaks the future into next-token training and cannot
+    be had while decoding, so it must be asked for: it suits encoders.
+    Knobs: experts: factory of experts.Experts. capacity_factor > 0, at most the number of experts: mean experts a token
+    visits; C = ceil(T * capacity_factor / E). shared: factory of a feed-forward that all tokens pass, or None.
+    allow_noncausal: True says that the model may read the future. std of the router, None for 1 / sqrt(D).
+    Refuses to exist without allow_noncausal, and to decode.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        experts: Callable,
+        capacity_factor: float = 2.0,
+        shared: Callable | None = None,
+        allow_noncausal: bool = False,
+        std: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if not allow_noncausal:
+            raise ValueError(
+                "ExpertChoice.allow_noncausal=False: experts that choose among the tokens of a row read its future; "
+                "use routers.TopK for a causal model, or set it to True for an encoder"
+            )
+        self.experts = experts(dim, rngs=rngs)
+        E = self.experts.count
+        if not 0 < capacity_factor <= E:
+            raise ValueError(f"ExpertChoice.capacity_factor={capacity_factor} must lie in (0, {E}], the experts")
+        if std is not None and std <= 0:
+            raise ValueError(f"ExpertChoice.std={std} must be positive, or None for 1/sqrt(D)")
+        self.capacity_factor = capacity_factor
+        self.kernel = axes.param(rngs, (dim, E), ("embed", "experts"), axes.normal(dim**-0.5 if std is None else std))
+        self.shared = None if shared is None else shared(dim, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if ctx.decoding:
+            raise ValueError(
+                "ExpertChoice cannot decode: which tokens an expert takes depends on tokens that do not exist yet"
+            )
+        B, T, D = x_BTD.shape
+        E, C = self.experts.count, self._capacity(T)
+        real_BT = real_tokens(ctx)
+        kernel_DE = self.kernel[...].astype(jnp.float32)
+        logits_BTE = jnp.matmul(x_BTD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST)
+        score_BTE = jax.nn.softmax(logits_BTE)
+        wanted_BET = jnp.where(real_BT[..., None], score_BTE, -1.0).swapaxes(1, 2)
+        weight_BEC, token_BEC = jax.lax.top_k(wanted_BET, C)
+        weight_BEC = jnp.maximum(weight_BEC, 0.0)  # padding that filled up a short row weighs nothing
+        row_B11 = jnp.arange(B)[:, None, None]
+        taken_EBCD = x_BTD[row_B11, token_BEC].swapaxes(0, 1)
+        y_EBCD = jnp.reshape(self.experts(jnp.reshape(taken_EBCD, (E, B * C, D))), (E, B, C, D))
+        weighted_BECD = weight_BEC[..., None] * y_EBCD.swapaxes(0, 1).astype(jnp.float32)
+        y_BTD = jnp.zeros((B, T, D), jnp.float32).at[row_B11, token_BEC].add(weighted_BECD).astype(x_BTD.dtype)
+        visits_BT = jnp.zeros((B, T)).at[row_B11, token_BEC].add(weight_BEC > 0)
+        aux = self._telemetry(score_BTE, visits_BT, real_BT)
+        if self.shared is not None:
+            shared_BTD, shared_aux = self.shared(x_BTD, ctx)
+            y_BTD, aux = y_BTD + shared_BTD, aux | shared_aux
+        return y_BTD, aux
+
+    def _capacity(self, length: int) -> int:
+        return max(min(math.ceil(length * self.capacity_factor / self.experts.count - 1e-9), length), 1)
+
+    def _telemetry(self, score_BTE, visits_BT, real_BT):
+        tokens = jnp.maximum(jnp.sum(real_BT), 1)
+        entropy_BT = -jnp.sum(jax.scipy.special.xlogy(score_BTE, score_BTE), -1)
+        aux = {
+            "unserved": jnp.sum(real_BT & (visits_BT == 0)) / tokens,
+            "entropy": jnp.sum(jnp.where(real_BT, entropy_BT, 0.0)) / tokens,
+        }
+        return {name: jax.lax.stop_gradient(value) for name, value in aux.items()}
+
+    def flops_per_token(self, length: int) -> float:
+        shared = 0.0 if self.shared is None else self.shared.flops_per_token(length)
+        visited = self._capacity(length) * self.experts.count / length
+        return 2.0 * self.kernel[...].size + visited * self.experts.flops_per_row + shared

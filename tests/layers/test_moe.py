@@ -1,0 +1,229 @@
+"""Mixtures of experts against a dense loop over all experts; capacity against bookkeeping; telemetry; refusals."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from layers.balance import BudgetBias, LoadBalance, SignBias
+from layers.context import Context
+from layers.dispatch import Capacity
+from layers.experts import Experts
+from layers.mlp import GatedMLP
+from layers.moe import MoE
+from layers.routers import GroupLimit, TopK
+from layers.zero_experts import ZeroExperts
+from tests.reference import moe as reference
+from tests.reference.random import random_module
+
+F = functools.partial
+D, E, WIDTH, B, T = 8, 6, 5, 2, 11
+EXPERTS = F(Experts, count=E, width=WIDTH)
+PLAIN = Context.of(jnp.zeros((B, T)))
+
+
+def made(std=0.4, **knobs):
+    graph, params, _ = random_module(lambda rngs: MoE(D, experts=EXPERTS, **knobs, rngs=rngs), std=std)
+    return graph, jax.tree.map(jnp.asarray, params)
+
+
+def inputs(seed=1):
+    return jax.random.normal(jax.random.key(seed), (B, T, D))
+
+
+def dense(params, x_TD, **knobs):
+    """Experts with weights alone, by the reference."""
+    weight_TE = reference.weights(x_TD, params["router"]["kernel"], **knobs)
+    y_TED = reference.experts(x_TD, *(params["experts"][name] for name in ("gate", "up", "down")))
+    return jnp.einsum("te,ted->td", weight_TE[:, :E], y_TED), weight_TE
+
+
+ROUTED = {
+    "softmax": {"top_k": 2},
+    "softmax over the chosen": {"top_k": 2, "norm_topk": True, "scale": 2.5},
+    "sigmoid": {"top_k": 3, "score": "sigmoid", "norm_topk": True},
+    "all experts": {"top_k": E},
+}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_values_and_gradients_equal_the_dense_loop(name):
+    graph, params = made(router=F(TopK, **ROUTED[name]))
+    x_BTD, g_BTD = inputs(), inputs(2)
+
+    def ours(params, x_BTD):
+        return nnx.merge(graph, params)(x_BTD, PLAIN)[0]
+
+    def theirs(params, x_BTD):
+        return dense(params, x_BTD.reshape(-1, D), **ROUTED[name])[0].reshape(x_BTD.shape)
+
+    def both(f):
+        y, pull = jax.vjp(f, params, x_BTD)
+        return y, pull(g_BTD)
+
+    for a, b in zip(jax.tree.leaves(jax.jit(both, static_argnums=0)(ours)), jax.tree.leaves(both(theirs)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+def test_every_part_together_equals_the_dense_loop():
+    """Selection bias, limited groups, zero experts of each kind, a gated shared feed-forward."""
+    router = F(TopK, top_k=4, score="sigmoid", bias=SignBias, limit=F(GroupLimit, groups=3, top_groups=2))
+    zero = F(ZeroExperts, identity=1, zero=1, constant=1)
+    graph, params = made(router=router, zero_experts=zero, shared=F(GatedMLP, width=4), shared_gate=True)
+    params["router"]["bias"] *= 0.2  # small enough to leave every expert some tokens
+    x_TD = inputs().reshape(-1, D)
+    y_TD, weight_TE = dense(
+        params, x_TD, top_k=4, score="sigmoid", norm_topk=True, bias_E=params["router"]["bias"], limit=(3, 2, 2)
+    )
+    assert (np.asarray(weight_TE[:, E:]) > 0).any(0).all(), "an expert without a token tests nothing"
+    a_T = jax.nn.sigmoid(x_TD @ params["zero_experts"]["mix"][0])[:, None]
+    constant_TD = a_T * x_TD + (1 - a_T) * params["zero_experts"]["vector"][0]
+    y_TD += weight_TE[:, E, None] * x_TD + weight_TE[:, E + 2, None] * constant_TD
+    mlp = {name: params["shared"][name]["kernel"] for name in ("gate", "up", "down")}
+    shared_TD = (jax.nn.silu(x_TD @ mlp["gate"]) * (x_TD @ mlp["up"])) @ mlp["down"]
+    y_TD += jax.nn.sigmoid(x_TD @ params["shared_gate"])[:, None] * shared_TD
+    got, aux = nnx.merge(graph, params)(x_TD.reshape(B, T, D), PLAIN)
+    np.testing.assert_allclose(got.reshape(-1, D), y_TD, atol=2e-5)
+    visited_T = np.asarray(weight_TE[:, :E] > 0).sum(1)
+    np.testing.assert_allclose(aux["ffn_experts"], visited_T.mean(), rtol=1e-6)
+    np.testing.assert_allclose(aux["ffn_experts_std"], visited_T.std(), rtol=1e-5)
+    np.testing.assert_allclose(aux["bias"], np.abs(params["router"]["bias"]).max())
+    rest = 2 * D * (E + 3) + 4 * D + 6 * D * 4 + 2 * D
+    np.testing.assert_allclose(aux["flops_per_token"], rest + visited_T.mean() * 6 * D * WIDTH, rtol=1e-6)
+
+
+def test_only_identity_experts_return_their_weight_times_the_input():
+    graph, params = made(router=F(TopK, top_k=2, scale=3.0), zero_experts=F(ZeroExperts, identity=2))
+    params["router"]["kernel"] = jnp.zeros((D, E + 2))  # equal probabilities: the bias decides
+    moe = nnx.merge(graph, params)
+    routing = moe.router(inputs(), PLAIN)
+    np.testing.assert_array_equal(routing.index_BTJ, np.broadcast_to([0, 1], (B, T, 2)))
+    x_BTD = inputs()
+    index_BTJ = jnp.full((B, T, 2), jnp.array([0, 1]))
+    got = moe.zero_experts(x_BTD, index_BTJ, routing.weight_BTJ)
+    np.testing.assert_allclose(got, 3.0 * 2 / (E + 2) * x_BTD, rtol=1e-5)
+
+
+@pytest.mark.parametrize("priority", ["position", "probability"])
+def test_capacity_serves_as_bookkeeping_says(priority):
+    capacity = F(Capacity, factor=0.8, minimum=1, priority=priority)
+    graph, params = made(router=F(TopK, top_k=2), dispatch=capacity)
+    moe, x_BTD = nnx.merge(graph, params), inputs()
+    real_BT = jnp.arange(T)[None] < jnp.array([T, 8])[:, None]
+    ctx = PLAIN.replace(segments_BT=real_BT.astype(jnp.int32), train=True)
+    got, aux = moe(x_BTD, ctx)
+    routing = moe.router(x_BTD, ctx)
+    C = math.ceil(0.8 * T * 2 / E)
+    kept = 0
+    for b in range(B):
+        order = [t for t in range(T) if real_BT[b, t]]
+        if priority == "probability":
+            order.sort(key=lambda t: -float(routing.weight_BTJ[b, t, 0]))
+        pairs = reference.served(np.asarray(routing.index_BTJ[b]), E, C, order)
+        kept += len(pairs)
+        y_TED = reference.experts(x_BTD[b], *(params["experts"][name] for name in ("gate", "up", "down")))
+        want_TD = np.zeros((T, D), np.float32)
+        for t, j in pairs:
+            want_TD[t] += routing.weight_BTJ[b, t, j] * y_TED[t, routing.index_BTJ[b, t, j]]
+        np.testing.assert_allclose(got[b], want_TD, atol=1e-5)
+    assert 0 < kept < 2 * (T + 8)
+    np.testing.assert_allclose(aux["dropped"], 1 - kept / (2 * (T + 8)), rtol=1e-5)
+
+
+def test_capacity_drops_nothing_outside_training_unless_told():
+    parts = [made(router=F(TopK, top_k=2), dispatch=F(Capacity, factor=0.5, minimum=1, evaluation_factor=factor))
+             for factor in (None, 0.5)]  # fmt: skip
+    dropless, _ = made(router=F(TopK, top_k=2))
+    x_BTD, params = inputs(), parts[0][1]
+    whole = nnx.merge(dropless, params)(x_BTD, PLAIN)[0]
+    quiet, told = (nnx.merge(graph, params) for graph, _ in parts)
+    np.testing.assert_array_equal(quiet(x_BTD, PLAIN)[0], whole)
+    assert told(x_BTD, PLAIN)[1]["dropped"] > 0 and quiet(x_BTD, PLAIN.replace(train=True))[1]["dropped"] > 0
+    decoding = PLAIN.replace(lengths_B=jnp.full(B, T))
+    np.testing.assert_array_equal(told(x_BTD, decoding)[0], whole)
+
+
+def test_ample_capacity_equals_dropless_in_values_and_gradients():
+    ample, params = made(router=F(TopK, top_k=2), dispatch=F(Capacity, factor=float(E)))
+    dropless, _ = made(router=F(TopK, top_k=2))
+    x_BTD, ctx = inputs(), PLAIN.replace(train=True)
+
+    def gradients(graph):
+        return jax.grad(lambda p, x: jnp.sum(jnp.sin(nnx.merge(graph, p)(x, ctx)[0])), (0, 1))(params, x_BTD)
+
+    for a, b in zip(jax.tree.leaves(gradients(ample)), jax.tree.leaves(gradients(dropless)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+def test_padding_is_no_token():
+    losses = (F(LoadBalance, coefficient=1e-3),)
+    graph, params = made(router=F(TopK, top_k=2, bias=SignBias), losses=losses)
+    moe, x_BTD = nnx.merge(graph, params), inputs()
+    real_BT = jnp.broadcast_to(jnp.arange(T) < 7, (B, T))
+    _, padded = moe(x_BTD, PLAIN.replace(segments_BT=real_BT.astype(jnp.int32)))
+    _, alone = moe(x_BTD[:, :7], Context.of(jnp.zeros((B, 7))))
+    assert padded.keys() == alone.keys()
+    for name in padded:
+        np.testing.assert_allclose(padded[name], alone[name], rtol=1e-5)
+
+
+def test_bias_learns_from_the_choices_of_real_tokens_alone():
+    graph, params = made(router=F(TopK, top_k=2, bias=SignBias))
+    real_BT = jnp.broadcast_to(jnp.arange(T) < 7, (B, T))
+    ctx, x_BTD = PLAIN.replace(segments_BT=real_BT.astype(jnp.int32)), inputs()
+    statistic = jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(x_BTD, ctx)[0]))(params)["router"]["bias"]
+    index = np.asarray(nnx.merge(graph, params).router(x_BTD, ctx).index_BTJ)[:, :7]
+    np.testing.assert_array_equal(statistic, np.bincount(index.ravel(), minlength=E))
+
+
+def test_jitter_moves_the_choice_in_training_only():
+    graph, params = made(router=F(TopK, top_k=2, jitter=0.5))
+    moe, x_BTD, train = nnx.merge(graph, params), inputs(), PLAIN.replace(train=True, key=jax.random.key(0))
+    assert not np.allclose(moe(x_BTD, train)[0], moe(x_BTD, PLAIN)[0])
+    with pytest.raises(ValueError, match=r"TopK\.jitter"):
+        moe(x_BTD, PLAIN.replace(train=True))
+
+
+def test_flops_are_of_the_experts_that_a_token_visits():
+    around = 2 * D * E
+    assert MoE(D, router=F(TopK, top_k=2), experts=EXPERTS, rngs=nnx.Rngs(params=0)).flops_per_token(9) == (
+        around + 2 * 6 * D * WIDTH
+    )
+    budget = F(TopK, top_k=3, bias=F(BudgetBias, target=2.5))
+    zero = F(ZeroExperts, identity=2)
+    moe = MoE(D, router=budget, experts=EXPERTS, zero_experts=zero, rngs=nnx.Rngs(params=0))
+    assert moe.flops_per_token(9) == 2 * D * (E + 2) + 2.5 * 6 * D * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("build", "knob"),
+    [
+        (F(made, router=F(TopK, top_k=7)), "TopK.top_k=7"),
+        (F(made, router=F(TopK, top_k=0)), "TopK.top_k=0"),
+        (F(made, router=F(TopK, top_k=2, score="tanh")), "TopK.score='tanh'"),
+        (F(made, router=F(TopK, top_k=2, scale=0.0)), "TopK.scale=0.0"),
+        (F(made, router=F(TopK, top_k=2, jitter=1.0)), "TopK.jitter=1.0"),
+        (F(made, router=F(TopK, top_k=2, limit=F(GroupLimit, groups=4, top_groups=2))), "GroupLimit.groups=4"),
+        (F(made, router=F(TopK, top_k=5, limit=F(GroupLimit, groups=3, top_groups=2))), "GroupLimit.top_groups=2"),
+        (F(made, router=F(TopK, top_k=2, limit=F(GroupLimit, groups=3, top_groups=2, best=3))), "GroupLimit.best=3"),
+        (F(made, router=F(TopK, top_k=2), shared_gate=True), "MoE.shared_gate"),
+        (F(ZeroExperts, D, rngs=nnx.Rngs(0)), "ZeroExperts.identity"),
+        (F(ZeroExperts, D, zero=-1, rngs=nnx.Rngs(0)), "ZeroExperts.zero=-1"),
+        (F(Capacity, factor=0.0), "Capacity.factor=0.0"),
+        (F(Capacity, evaluation_factor=-1.0), "Capacity.evaluation_factor=-1.0"),
+        (F(Capacity, minimum=0), "Capacity.minimum=0"),
+        (F(Capacity, priority="age"), "Capacity.priority='age'"),
+    ],
+)
+def test_bad_knobs_are_refused_by_name(build, knob):
+    with pytest.raises(ValueError, match=knob):
+        build()
+
+
+def test_two_kinds_of_balancing_at_once_are_warned_of():
+    with pytest.warns(UserWarning, match="LoadBalance.coefficient"):
+        made(router=F(TopK, top_k=2, bias=SignBias), losses=(LoadBalance,))
