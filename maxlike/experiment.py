@@ -11,6 +11,7 @@ from layers.axes import Buffer
 from maxlike.checkpoint import Checkpoints
 from maxlike.data.data import Data
 from maxlike.data.loader import FiniteBatches
+from maxlike.data.pictures import Pictures
 from maxlike.errors import UserError
 from maxlike.hooks import Hook
 from maxlike.schedules import Clock
@@ -41,7 +42,7 @@ class Experiment:
     model: factory, called as `model(rngs=...)` -> a network (`layers.language_model.LanguageModel`).
     objective: `(model, batch, key) -> (loss, metrics)`, see `maxlike.objectives`.
     optimizer: `(axes, clock) -> optax.GradientTransformation`, see `maxlike.optimizers`.
-    data: documents, tokenizer and packing, see `maxlike.data`.
+    data: documents, tokenizer and packing, or pictures; see `maxlike.data`.
     mesh: device mesh and sharding rules.
     steps: number of updates. batch_size: rows a step, over all devices. sequence_length: tokens a row (T).
     seed: of the initial parameters, the data order and all noise.
@@ -56,7 +57,7 @@ class Experiment:
     model: Callable
     objective: Callable
     optimizer: Callable
-    data: Data
+    data: Data | Pictures
     mesh: Mesh
     steps: int
     batch_size: int
