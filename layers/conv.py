@@ -1,5 +1,7 @@
 """Short causal convolution along the row, one filter a channel, as recurrent mixers put behind their projections."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -79,7 +81,7 @@ class ShortConv(nnx.Module):
 
     def flops_per_token(self) -> float:
         """Multiply-adds of the taps, two FLOPs each."""
-        return 2.0 * self.width * self.kernel[0].size
+        return 2.0 * self.width * math.prod(self.channels)
 
 
 def _expand(x_BT: jax.Array, like: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers import axes
+from layers.cache import real
 from layers.context import Context
 from layers.conv import ShortConv
 from layers.gated_norm import GatedRMSNorm
@@ -114,8 +115,7 @@ class GatedDeltaNet(nnx.Module):
         q_BTGN, tail_q = self.query_conv.extend(self.query(x_BTD), tail["query"], lengths_B)
         k_BTGN, tail_k = self.key_conv.extend(self.key(x_BTD), tail["key"], lengths_B)
         v_BTHK, tail_v = self.value_conv.extend(self.value(x_BTD), tail["value"], lengths_B)
-        real_BT = jnp.arange(T) < lengths_B[:, None]
-        y_BTD, state_BHNK = self._mix(x_BTD, q_BTGN, k_BTGN, v_BTHK, initial_BHNK=cache["state"], real_BT=real_BT)
+        y_BTD, state_BHNK = self._mix(x_BTD, q_BTGN, k_BTGN, v_BTHK, initial_BHNK=cache["state"], real_BT=real(ctx))
         return y_BTD, {"state": state_BHNK, "tail": {"query": tail_q, "key": tail_k, "value": tail_v}}
 
     def flops_per_token(self, length: int) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from layers import axes
+from layers.cache import real
 from layers.context import Context
 from layers.conv import ShortConv, uniform
 from layers.gated_norm import GatedRMSNorm
@@ -132,8 +133,7 @@ class Mamba2(nnx.Module):
         x_BTHP, tail_x = self.x_conv.extend(self.x(x_BTD), tail["x"], lengths_B)
         b_BTGN, tail_b = self.B_conv.extend(self.B(x_BTD), tail["B"], lengths_B)
         c_BTGN, tail_c = self.C_conv.extend(self.C(x_BTD), tail["C"], lengths_B)
-        real_BT = jnp.arange(T) < lengths_B[:, None]
-        y_BTD, state_BHNP = self._mix(x_BTD, x_BTHP, b_BTGN, c_BTGN, initial_BHNK=cache["state"], real_BT=real_BT)
+        y_BTD, state_BHNP = self._mix(x_BTD, x_BTHP, b_BTGN, c_BTGN, initial_BHNK=cache["state"], real_BT=real(ctx))
         return y_BTD, {"state": state_BHNP, "tail": {"x": tail_x, "B": tail_b, "C": tail_c}}
 
     def flops_per_token(self, length: int) -> float:

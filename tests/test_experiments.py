@@ -35,6 +35,17 @@ TINY = {
     ],
 }
 TINY["llama_8b"] = TINY["llama_1b"]
+TINY["families/mamba_hybrid"] = [
+    "dim = 16",
+    "depth = 3",
+    "width = 32",
+    "mamba2.Mamba2.head_dim = 8",
+    "mamba2.Mamba2.state = 8",
+    "mla.MLA.kv_rank = 8",
+    "mla.MLA.nope_dim = 4",
+    "mla.MLA.rope_dim = 4",
+    "mla.MLA.value_dim = 4",
+]
 # One of each kind of published network trains; the others of its kind differ in numbers alone.
 BLOCK = ["dim = 16", "depth = 2", "heads = 4", "kv_heads = 2", "width = 32", "schedules.Cosine.warmup = 1"]
 TINY |= {f"published/{name}": BLOCK for name in ("qwen2_5_0_5b", "starcoder2_3b", "glm4_9b")}
