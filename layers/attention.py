@@ -10,11 +10,12 @@ from flax import nnx
 from layers import axes, kernels
 from layers.attention_gate import gated
 from layers.cache import real, write
-from layers.context import Context
+from layers.context import Context, ReadsPrefix
 from layers.linear import Linear
+from layers.rope2d import RoPE2D
 
 
-class Attention(nnx.Module):
+class Attention(nnx.Module, ReadsPrefix):
     """Dot-product attention of a row on itself (Vaswani et al. 2017; grouped-query: Ainslie et al. 2023, arXiv
     2305.13245).
 
@@ -26,11 +27,12 @@ class Attention(nnx.Module):
         rope: factory of a rotary embedding such as RoPE, or None. qk_norm: factory of a norm over head_dim of queries
         and keys before rotation, such as RMSNorm (arXiv 2302.05442), or None.
         qkv_bias, out_bias: learned offsets on the projections.
-        causal: whether a token sees only itself and the past. window >= 1: it sees only keys fewer than `window`
-        positions away (itself included), None for all.
+        causal: whether a token sees only itself, the past and the prefix (Context.prefix_BT). window >= 1: it sees only
+        keys fewer than `window` positions away (itself included), None for all.
         scale > 0 of the scores, None for 1 / sqrt(K). soft_cap > 0: scores become soft_cap * tanh(score / soft_cap)
         (arXiv 2408.00118). sinks: a learned logit a head joins the softmax with no value (arXiv 2508.10925).
         gate: factory of a gate such as AttentionGate (arXiv 2505.06708), or None.
+        branch_gain > 0: factor on the initial weights of value and output (DeepNorm's beta, arXiv 2203.00555).
     Decoding: keys are cached after qk_norm and rotation. A full cache holds [B, S, G, K]; with a window it is a ring of
         `window` slots with the position that each one holds, -1 where empty. Padding is never written.
     Refuses heads that kv_heads does not divide, a head_dim that does not follow from D, and a cache without causality.
@@ -53,6 +55,7 @@ class Attention(nnx.Module):
         soft_cap: float | None = None,
         sinks: bool = False,
         gate: Callable | None = None,
+        branch_gain: float = 1.0,
         rngs: nnx.Rngs,
     ):
         H, G = heads, heads if kv_heads is None else kv_heads
@@ -64,7 +67,7 @@ class Attention(nnx.Module):
             raise ValueError(f"Attention.heads={heads} does not divide the width {dim}: change it, or set head_dim")
         if window is not None and window < 1:
             raise ValueError(f"Attention.window={window} must be at least 1 token, or None for the whole row")
-        for name, value in (("scale", scale), ("soft_cap", soft_cap)):
+        for name, value in (("scale", scale), ("soft_cap", soft_cap), ("branch_gain", branch_gain)):
             if value is not None and value <= 0:
                 raise ValueError(f"Attention.{name}={value} must be positive, or None")
         K = dim // H if head_dim is None else head_dim
@@ -72,10 +75,11 @@ class Attention(nnx.Module):
         self.scale = K**-0.5 if scale is None else scale
         self.kv_heads, self.head_dim = G, K
         kv = {"bias": qkv_bias, "rngs": rngs}
+        std, out_std = branch_gain * dim**-0.5, branch_gain * (H * K) ** -0.5
         self.query = Linear((dim,), (H, K), ("embed",), ("heads", "head_dim"), bias=qkv_bias, rngs=rngs)
         self.key = Linear((dim,), (G, K), ("embed",), ("kv_heads", "head_dim"), **kv)
-        self.value = Linear((dim,), (G, K), ("embed",), ("kv_heads", "head_dim"), **kv)
-        self.out = Linear((H, K), (dim,), ("heads", "head_dim"), ("embed",), bias=out_bias, rngs=rngs)
+        self.value = Linear((dim,), (G, K), ("embed",), ("kv_heads", "head_dim"), std=std, **kv)
+        self.out = Linear((H, K), (dim,), ("heads", "head_dim"), ("embed",), bias=out_bias, std=out_std, rngs=rngs)
         self.rope = None if rope is None else rope(K)
         self.query_norm = None if qk_norm is None else qk_norm(K, rngs=rngs)
         self.key_norm = None if qk_norm is None else qk_norm(K, rngs=rngs)
@@ -94,8 +98,11 @@ class Attention(nnx.Module):
 
     def _rotate(self, q_BTHK, k_BTGK, v_BTGK, ctx: Context):
         """Queries and keys rotated; values as they are."""
+        positions = (ctx.positions_BT,)
+        if isinstance(self.rope, RoPE2D):
+            positions = (ctx.positions_BT if ctx.anchors_BT is None else ctx.anchors_BT, ctx.blocks_BT)
         if self.rope is not None:
-            q_BTHK, k_BTGK = self.rope(q_BTHK, ctx.positions_BT), self.rope(k_BTGK, ctx.positions_BT)
+            q_BTHK, k_BTGK = self.rope(q_BTHK, *positions), self.rope(k_BTGK, *positions)
         return tuple(axes.constrain(z, "batch", "length", "act_heads", None) for z in (q_BTHK, k_BTGK, v_BTGK))
 
     def _finish(self, y_BTHK, score):
@@ -121,6 +128,7 @@ class Attention(nnx.Module):
             soft_cap=self.soft_cap,
             segments_BT=ctx.segments_BT,
             sinks_H=self._sinks(),
+            prefix_BT=ctx.prefix_BT,
         )
         return self._finish(y_BTHK, score), self._aux(score, ctx)
 
@@ -139,7 +147,7 @@ class Attention(nnx.Module):
         q_BTHK, k_BTGK, v_BTGK = self._rotate(q_BTHK, k_BTGK, v_BTGK, ctx)
         new, real_BT, slots = {"k": k_BTGK, "v": v_BTGK}, real(ctx), cache["k"].shape[1]
         if self.window is None:
-            cache = write(cache, new, jnp.where(real_BT, ctx.positions_BT, slots))
+            cache = write(cache, new, jnp.where(real_BT, ctx.cache_slots_BT, slots))
             seen, k_positions_BS = cache, jnp.arange(slots)[None]
         else:
             # Attend before writing: a chunk longer than the ring would overwrite keys that its first tokens still see.
@@ -148,7 +156,10 @@ class Attention(nnx.Module):
             last_BT = real_BT & (jnp.arange(real_BT.shape[1]) >= jnp.sum(real_BT, 1, keepdims=True) - slots)
             cache = write(cache, new, jnp.where(last_BT, ctx.positions_BT % slots, slots))
             k_positions_BS = seen["position"]
-        visible_BTS = kernels.visibility(ctx.positions_BT, k_positions_BS, causal=True, window=self.window)
+        prefix_BS = None if ctx.prefix_BT is None else _prefix(ctx, real_BT, slots, ring=self.window is not None)
+        visible_BTS = kernels.visibility(
+            ctx.cache_slots_BT, k_positions_BS, causal=True, window=self.window, prefix_BS=prefix_BS
+        )
         visible_BTS = visible_BTS & (k_positions_BS >= 0)[:, None, :]
         y_BTHK = kernels.masked_attention(
             q_BTHK,
@@ -168,3 +179,14 @@ class Attention(nnx.Module):
         projections = sum(part.flops_per_token() for part in (self.query, self.key, self.value, self.out))
         gate = 0.0 if self.gate is None else self.gate.flops_per_token()
         return projections + gate + 2 * 2.0 * self.query.outputs * keys
+
+
+def _prefix(ctx: Context, real_BT: jax.Array, slots: int, *, ring: bool) -> jax.Array:
+    """Which of the keys that `extend` attends to are prefix tokens of this call: [B, S]; behind a ring [B, S + T]."""
+    prefix_BT = ctx.prefix_BT & real_BT
+    none_BS = jnp.zeros((prefix_BT.shape[0], slots), bool)
+    if ring:
+        return jnp.concatenate([none_BS, prefix_BT], 1)
+    return none_BS.at[jnp.arange(len(none_BS))[:, None], jnp.where(real_BT, ctx.cache_slots_BT, slots)].set(
+        prefix_BT, mode="drop"
+    )

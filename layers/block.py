@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from layers.context import Context
+from layers.context import Context, ReadsPrefix
 
 Aux = dict[str, jax.Array]
 
@@ -20,10 +20,13 @@ class Block(nnx.Module):
         post       norm(x + s f(x))            the original transformer
         sandwich   x + s norm(f(norm(x)))      Gemma 2, GLM-4
         swin       x + s norm(f(x))            Swin v2 (arXiv 2111.09883), OLMo 2, Chameleon
+        deepnorm   a h + s f(h), h = norm(x)   GLM-130B (arXiv 2210.02414), a = (2 depth)^0.5; a = skip_scale
 
     x and y: [B, T, D]. aux: the children's, their losses summed under "loss", metrics under "mixer/NAME", "ffn/NAME".
 
-    Knobs: mixer, ffn, norm: factories; ffn None for a block that only mixes; order; residual_scale > 0.
+    Knobs: mixer, ffn, norm: factories; ffn None for a block that only mixes; order; residual_scale > 0; skip_scale > 0,
+    of "deepnorm" alone; mixer_norm: factory of the mixer's norm where it differs from `norm`, or None.
+    Refuses a prefix (Context.prefix_BT) where the mixer would ignore it.
     """
 
     def __init__(
@@ -33,29 +36,38 @@ class Block(nnx.Module):
         mixer: Callable,
         ffn: Callable | None,
         norm: Callable,
-        order: Literal["pre", "post", "sandwich", "swin"] = "pre",
+        order: Literal["pre", "post", "sandwich", "swin", "deepnorm"] = "pre",
         residual_scale: float = 1.0,
+        skip_scale: float = 1.0,
+        mixer_norm: Callable | None = None,
         rngs: nnx.Rngs,
     ):
-        if order not in ("pre", "post", "sandwich", "swin"):
-            raise ValueError(f"Block.order={order!r} must be 'pre', 'post', 'sandwich' or 'swin'")
+        if order not in ("pre", "post", "sandwich", "swin", "deepnorm"):
+            raise ValueError(f"Block.order={order!r} must be 'pre', 'post', 'sandwich', 'swin' or 'deepnorm'")
         if residual_scale <= 0:
             raise ValueError(f"Block.residual_scale={residual_scale} must be positive; 1.0 is the plain residual")
-        self.order, self.residual_scale = order, residual_scale
+        if skip_scale <= 0 or (skip_scale != 1.0 and order != "deepnorm"):
+            raise ValueError(
+                f"Block.skip_scale={skip_scale} must be positive, and 1.0 unless Block.order is 'deepnorm'"
+            )
+        self.order, self.residual_scale, self.skip_scale = order, residual_scale, skip_scale
         self.mixer = mixer(dim, rngs=rngs)
-        self.mixer_norm = norm(dim, rngs=rngs)
+        self.mixer_norm = (norm if mixer_norm is None else mixer_norm)(dim, rngs=rngs)
         self.mixer_out_norm = norm(dim, rngs=rngs) if order == "sandwich" else None
         self.ffn = None if ffn is None else ffn(dim, rngs=rngs)
         self.ffn_norm = None if ffn is None else norm(dim, rngs=rngs)
         self.ffn_out_norm = norm(dim, rngs=rngs) if order == "sandwich" and ffn is not None else None
 
     def _branch(self, x_BTD, f: Callable, norm: Callable, out_norm: Callable | None) -> tuple[jax.Array, Any]:
-        y_BTD, rest = f(norm(x_BTD) if self.order in ("pre", "sandwich") else x_BTD)
+        h_BTD = norm(x_BTD) if self.order in ("pre", "sandwich", "deepnorm") else x_BTD
+        y_BTD, rest = f(h_BTD)
         y_BTD = checkpoint_name(y_BTD, "branch")  # what the remat policy "branches" keeps
         if self.order == "sandwich":
             y_BTD = out_norm(y_BTD)
         if self.order == "swin":
             y_BTD = norm(y_BTD)
+        if self.order == "deepnorm":
+            x_BTD = h_BTD if self.skip_scale == 1.0 else self.skip_scale * h_BTD
         x_BTD = x_BTD + (y_BTD if self.residual_scale == 1.0 else self.residual_scale * y_BTD)
         return norm(x_BTD) if self.order == "post" else x_BTD, rest
 
@@ -64,16 +76,25 @@ class Block(nnx.Module):
             return x_BTD, {}
         return self._branch(x_BTD, lambda h: self.ffn(h, ctx), self.ffn_norm, self.ffn_out_norm)
 
+    def _refuse_lost_prefix(self, ctx: Context) -> None:
+        if ctx.prefix_BT is not None and not isinstance(self.mixer, ReadsPrefix):
+            raise ValueError(
+                f"Block.mixer={type(self.mixer).__name__} cannot let all tokens see a prefix (Context.prefix_BT): "
+                "drop the batch's `prefix` field, or use Attention"
+            )
+
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+        self._refuse_lost_prefix(ctx)
         x_BTD, mixer_aux = self._branch(x_BTD, lambda h: self.mixer(h, ctx), self.mixer_norm, self.mixer_out_norm)
         x_BTD, ffn_aux = self._feed_forward(x_BTD, ctx)
-        return x_BTD, _join({"mixer": mixer_aux, "ffn": ffn_aux})
+        return x_BTD, join({"mixer": mixer_aux, "ffn": ffn_aux})
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
         return self.mixer.init_cache(batch, length, dtype)
 
     def extend(self, x_BTD: jax.Array, cache: Any, ctx: Context) -> tuple[jax.Array, Any]:
         """The same branches while decoding; losses and metrics of the feed-forward are for training alone."""
+        self._refuse_lost_prefix(ctx)
         x_BTD, cache = self._branch(
             x_BTD, lambda h: self.mixer.extend(h, cache, ctx), self.mixer_norm, self.mixer_out_norm
         )
@@ -84,7 +105,7 @@ class Block(nnx.Module):
         return self.mixer.flops_per_token(length) + ffn
 
 
-def _join(children: dict[str, Aux]) -> Aux:
+def join(children: dict[str, Aux]) -> Aux:
     """One flat dict: losses summed, metrics under their child's name."""
     losses = [aux["loss"] for aux in children.values() if "loss" in aux]
     metrics = {f"{child}/{name}": x for child, aux in children.items() for name, x in aux.items() if name != "loss"}

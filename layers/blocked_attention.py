@@ -25,13 +25,14 @@ class Blocking:
     window: int | None
     soft_cap: float | None
     block: int
+    prefix: bool  # some keys are visible ahead of their queries
 
     def keys_of(self, start: int, end: int, length: int) -> tuple[int, int]:
         """The range of keys that queries start..end-1 may see."""
         first = 0 if self.window is None else max(0, start - self.window + 1)
         return (
             (first, end)
-            if self.causal
+            if self.causal and not self.prefix
             else (first, length if self.window is None else min(length, end + self.window - 1))
         )
 
@@ -42,17 +43,18 @@ def _blocks(static: Blocking, length: int) -> list[tuple[int, int, int, int]]:
     return [(start, end, *static.keys_of(start, end, length)) for start, end in spans]
 
 
-def _visible(static: Blocking, segments_BT, span) -> jax.Array | None:
+def _visible(static: Blocking, segments_BT, prefix_BT, span) -> jax.Array | None:
     """Mask [B or 1, 1, 1, t, s] of one block, or None where every key is visible."""
     start, end, first, last = span
     distance = jnp.arange(start, end)[:, None] - jnp.arange(first, last)[None, :]
     allowed = None
     if static.causal:
-        allowed = distance >= 0
+        allowed = (distance >= 0)[None]
+        if prefix_BT is not None:
+            allowed = allowed | prefix_BT[:, None, first:last]
     if static.window is not None:
-        near = jnp.abs(distance) < static.window
+        near = (jnp.abs(distance) < static.window)[None]
         allowed = near if allowed is None else allowed & near
-    allowed = None if allowed is None else allowed[None]
     if segments_BT is not None:
         same = segments_BT[:, start:end, None] == segments_BT[:, None, first:last]
         allowed = same if allowed is None else allowed & same
@@ -68,11 +70,11 @@ def _scores(static: Blocking, q_BGRtK, k_BGsK) -> jax.Array:
     return s if static.soft_cap is None else static.soft_cap * jnp.tanh(s / static.soft_cap)
 
 
-def _weights(static: Blocking, q, k, segments_BT, sinks_GR, span):
+def _weights(static: Blocking, q, k, segments_BT, prefix_BT, sinks_GR, span):
     """exp(score - top) of one block and the row maximum `top` [B, G, R, t, 1]."""
     start, end, first, last = span
     s = _scores(static, q[:, :, :, start:end] * static.scale, k[:, :, first:last])
-    visible = _visible(static, segments_BT, span)
+    visible = _visible(static, segments_BT, prefix_BT, span)
     if visible is not None:
         s = jnp.where(visible, s, MASKED)
     top = jnp.max(s, -1, keepdims=True)
@@ -87,15 +89,15 @@ def _rows(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: Blocking, q_BGRTK, k_BGSK, v_BGSK, sinks_GR, segments_BT):
-    return _forward(static, q_BGRTK, k_BGSK, v_BGSK, sinks_GR, segments_BT)[0]
+def _attend(static: Blocking, q_BGRTK, k_BGSK, v_BGSK, sinks_GR, segments_BT, prefix_BT):
+    return _forward(static, q_BGRTK, k_BGSK, v_BGSK, sinks_GR, segments_BT, prefix_BT)[0]
 
 
-def _forward(static, q, k, v, sinks_GR, segments_BT):
+def _forward(static, q, k, v, sinks_GR, segments_BT, prefix_BT):
     outputs, stored = [], []
     for span in _blocks(static, q.shape[3]):
         start, end, first, last = span
-        e, top = _weights(static, q, k, segments_BT, sinks_GR, span)
+        e, top = _weights(static, q, k, segments_BT, prefix_BT, sinks_GR, span)
         total = jnp.sum(e, -1, keepdims=True)
         if sinks_GR is not None:
             total = total + jnp.exp(sinks_GR[None, :, :, None, None] - top)
@@ -130,7 +132,7 @@ def _backward(static, residuals, dy):
             dsinks.append(-jnp.sum(jnp.exp(sinks_GR[None, :, :, None, None] - top) * delta, (0, 3, 4)))
     dsinks = None if sinks_GR is None else functools.reduce(jnp.add, dsinks).astype(sinks_GR.dtype)
     dk, dv = (_sum_spans(parts, spans, k.shape[2]) for parts in (dk, dv))
-    return jnp.concatenate(dq, 3), dk.astype(k.dtype), dv.astype(v.dtype), dsinks, None
+    return jnp.concatenate(dq, 3), dk.astype(k.dtype), dv.astype(v.dtype), dsinks, None, None
 
 
 def _sum_spans(parts, spans, length: int) -> jax.Array:
@@ -158,15 +160,16 @@ def blocked_attention(
     causal: bool,
     window: int | None,
     soft_cap: float | None,
+    prefix_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of a row on itself (S = T): y [B, T, H, K] in the dtype of v."""
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     # 64 queries a block wins on the CPU at 256; more blocks than 16 only lengthen the compilation.
     block = max(64, -(-T // 16))
-    static = Blocking(scale, causal, window, soft_cap, block)
+    static = Blocking(scale, causal, window, soft_cap, block, prefix_BT is not None)
     q_BGRTK = jnp.transpose(jnp.reshape(q_BTHK, (B, T, G, H // G, K)), (0, 2, 3, 1, 4))
     k_BGSK, v_BGSK = jnp.swapaxes(k_BSGK, 1, 2), jnp.swapaxes(v_BSGK, 1, 2)
     sinks_GR = None if sinks_H is None else jnp.reshape(sinks_H.astype(jnp.float32), (G, H // G))
-    y_BGRTK = _attend(static, q_BGRTK, k_BGSK, v_BGSK, sinks_GR, segments_BT)
+    y_BGRTK = _attend(static, q_BGRTK, k_BGSK, v_BGSK, sinks_GR, segments_BT, prefix_BT)
     return jnp.reshape(jnp.transpose(y_BGRTK, (0, 3, 1, 2, 4)), (B, T, H, v_BSGK.shape[-1]))

@@ -7,10 +7,52 @@ import jax
 import jax.numpy as jnp
 
 
+class ReadsPrefix:
+    """Marks a mixer that honours `Context.prefix_BT`. Block refuses a prefix on any other: it would be ignored."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens_BS", "positions_BS", "segments_BS"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The input side of an encoder-decoder.
+
+    tokens_BS, positions_BS: int32 [B, S], as the fields of the same name of the decoder. segments_BS: 0 is padding; a
+    decoder token sees the source tokens of its own segment, or all but padding where the decoder's rows are unpacked.
+    None where every row is one document without padding.
+    """
+
+    tokens_BS: jax.Array
+    positions_BS: jax.Array
+    segments_BS: jax.Array | None
+
+    @classmethod
+    def of(cls, tokens_BS: jax.Array, lengths_B: jax.Array | None = None) -> "Source":
+        """Unpacked rows, of which the first lengths_B tokens are real (None: all)."""
+        positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
+        segments_BS = None if lengths_B is None else (positions_BS < lengths_B[:, None]).astype(jnp.int32)
+        return cls(tokens_BS, positions_BS, segments_BS)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions_BT", "segments_BT", "lengths_B", "modality_BT", "layer", "key"],
-    meta_fields=["train"],
+    data_fields=[
+        "positions_BT",
+        "segments_BT",
+        "lengths_B",
+        "modality_BT",
+        "layer",
+        "key",
+        "prefix_BT",
+        "anchors_BT",
+        "blocks_BT",
+        "source",
+        "memory_BSD",
+        "bias_BHTS",
+        "slots_BT",
+    ],
+    meta_fields=["train", "modalities"],
 )
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -24,7 +66,17 @@ class Context:
     modality_BT: modality id of each token, or None for a model of one modality.
     layer: index of the layer, a traced scalar set by Stack.
     key: key of this call's randomness (dropout, router noise), or None; Stack folds the layer index in.
+    prefix_BT: bool; a prefix token is seen by every token of its segment, whatever causality says (prefix LM). While
+        decoding it speaks of the T new tokens: a prefix comes whole, in one call. None for no prefix.
+    blocks_BT: int32, second channel of two-dimensional rotary positions: place inside a blank that is filled in, from
+        1; 0 outside. anchors_BT: their first channel, None for positions_BT.
+    source, memory_BSD: input side of an encoder-decoder, and its encoded form, which the network sets for its decoder.
+    bias_BHTS: what is added to the scores of self-attention, shared by the layers of a stack (B may be 1); set by a
+        network whose layers take it (T5).
+    slots_BT: while decoding, where in its layer's cache each new token goes; None for at its position. A layer that
+        gets only some of the tokens (mixture of depths) fills its cache without gaps. Read it as `cache_slots_BT`.
     train: whether this is a training step (static).
+    modalities: how many modalities there are, where modality_BT says which; None if unknown (static).
     """
 
     positions_BT: jax.Array
@@ -33,7 +85,15 @@ class Context:
     modality_BT: jax.Array | None = None
     layer: jax.Array | None = None
     key: jax.Array | None = None
+    prefix_BT: jax.Array | None = None
+    anchors_BT: jax.Array | None = None
+    blocks_BT: jax.Array | None = None
+    source: Source | None = None
+    memory_BSD: jax.Array | None = None
+    bias_BHTS: jax.Array | None = None
+    slots_BT: jax.Array | None = None
     train: bool = False
+    modalities: int | None = None
 
     @classmethod
     def of(cls, tokens_BT: jax.Array, **fields) -> "Context":
@@ -45,6 +105,11 @@ class Context:
     def decoding(self) -> bool:
         """Whether this call extends a cache: what follows is not there yet."""
         return self.lengths_B is not None
+
+    @property
+    def cache_slots_BT(self) -> jax.Array:
+        """Where in a cache of whole rows the new tokens go."""
+        return self.positions_BT if self.slots_BT is None else self.slots_BT
 
     def replace(self, **changes) -> "Context":
         return dataclasses.replace(self, **changes)

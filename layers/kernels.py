@@ -19,6 +19,7 @@ IMPLEMENTATIONS = {
     "attention": ("cudnn", "blocked", "chunked", "xla"),
     "dual_chunk": ("whole", "chunked"),
     "layers": ("scan", "unrolled"),
+    "recurrence": ("scan", "grouped"),
     "grouped_matmul": ("blocked", "ragged_dot"),
 }
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
@@ -85,30 +86,42 @@ def attention(
     soft_cap: float | None = None,
     segments_BT: jax.Array | None = None,
     sinks_H: jax.Array | None = None,
+    prefix_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of a row on itself: softmax(cap(scale q k^T) where visible, with sinks) v, [B, T, H, V].
 
-    A query sees a key of its own segment, not after it if causal, and fewer than `window` positions away. H must be a
-    multiple of the number of key heads G; V, the width of a value, may differ from K. Softmax in float32.
+    A query sees a key of its own segment, not after it if causal unless the key is of the prefix, and fewer than
+    `window` positions away. H must be a multiple of the number of key heads G; V, the width of a value, may differ from
+    K. Softmax in float32.
     """
     width = max(q_BTHK.shape[3], v_BTGK.shape[3])
-    implementation = take("attention", *pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H, width))
+    picked = pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H, prefix_BT, width)
+    implementation = take("attention", *picked)
     if implementation == "cudnn":
         return _cudnn(q_BTHK, k_BTGK, v_BTGK, segments_BT, scale=scale, causal=causal, window=window)
     if implementation in ("blocked", "chunked"):
         attend = blocked_attention if implementation == "blocked" else chunked_attention
         return attend(
-            q_BTHK, k_BTGK, v_BTGK, segments_BT, sinks_H, scale=scale, causal=causal, window=window, soft_cap=soft_cap
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            segments_BT,
+            sinks_H,
+            scale=scale,
+            causal=causal,
+            window=window,
+            soft_cap=soft_cap,
+            prefix_BT=prefix_BT,
         )
     T = q_BTHK.shape[1]
     positions_1T = jnp.arange(T)[None]
-    visible_BTS = visibility(positions_1T, positions_1T, causal=causal, window=window)
+    visible_BTS = visibility(positions_1T, positions_1T, causal=causal, window=window, prefix_BS=prefix_BT)
     if segments_BT is not None:
         visible_BTS = visible_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
     return masked_attention(q_BTHK, k_BTGK, v_BTGK, visible_BTS, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H)
 
 
-def pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H, width=None) -> tuple[str, str]:
+def pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H, prefix_BT=None, width=None) -> tuple[str, str]:
     """The fastest implementation that has every feature asked for, and why no faster one; width: of a head, None for
     that of the queries."""
     T, K = q_BTHK.shape[1], q_BTHK.shape[3] if width is None else width
@@ -122,6 +135,7 @@ def pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H, width=None) -
             (q_BTHK.dtype not in (jnp.bfloat16, jnp.float16), f"cuDNN does not take {q_BTHK.dtype}"),
             (soft_cap is not None, "cuDNN has no logit soft-cap"),
             (sinks_H is not None, "cuDNN has no sinks"),
+            (prefix_BT is not None, "cuDNN has no prefix that all tokens see"),
             (K % 8 != 0 or K > 128, f"cuDNN does not take head_dim {K}"),
         ]
         reason = next((why for refused, why in refusals if refused), None)

@@ -6,10 +6,13 @@ import jax.numpy as jnp
 MASKED = -1e30  # finite: a row that sees nothing gives junk that nobody reads, not NaN that poisons the gradient
 
 
-def visibility(q_positions_BT, k_positions_BS, *, causal: bool, window: int | None) -> jax.Array:
-    """Mask [B, T, S] of the keys that lie in the past and in the window of each query, by position."""
+def visibility(q_positions_BT, k_positions_BS, *, causal: bool, window: int | None, prefix_BS=None) -> jax.Array:
+    """Mask [B, T, S] of the keys that lie in the past and in the window of each query, by position; a key of the prefix
+    need not lie in the past."""
     distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
     visible_BTS = distance_BTS >= 0 if causal else jnp.ones_like(distance_BTS, bool)
+    if prefix_BS is not None:
+        visible_BTS = visible_BTS | prefix_BS[:, None, :]
     return visible_BTS if window is None else visible_BTS & (jnp.abs(distance_BTS) < window)
 
 
@@ -22,14 +25,20 @@ def masked_attention(
     scale: float,
     soft_cap: float | None = None,
     sinks_H: jax.Array | None = None,
+    bias_BHTS: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention under any mask, holding all T x S scores: decoding from a cache, where T is small. [B, T, H, K]."""
+    """Attention under any mask, holding all T x S scores: decoding from a cache, where T is small. [B, T, H, K].
+
+    bias_BHTS is added to the scores; its B may be 1.
+    """
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q_BTGRK = jnp.reshape(q_BTHK * scale, (B, T, G, H // G, K))
     s = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
     if soft_cap is not None:
         s = soft_cap * jnp.tanh(s / soft_cap)
+    if bias_BHTS is not None:
+        s = s + jnp.reshape(bias_BHTS, (-1, G, H // G, *bias_BHTS.shape[2:]))
     s = jnp.where(visible_BTS[:, None, None], s, MASKED)
     top = jnp.max(s, -1, keepdims=True)
     sinks = None if sinks_H is None else jnp.reshape(sinks_H.astype(jnp.float32), (1, G, H // G, 1, 1))
@@ -51,6 +60,7 @@ def chunked_attention(
     causal: bool,
     window: int | None,
     soft_cap: float | None,
+    prefix_BT: jax.Array | None = None,
     chunk: int = 256,
 ) -> jax.Array:
     """Attention of a long row on itself (S = T): scores of one chunk of queries at a time, made anew backwards.
@@ -65,13 +75,17 @@ def chunked_attention(
     for start in range(0, T, quarter):
         end = min(start + quarter, T)
         first = 0 if window is None else max(0, start - window + 1)
-        last = end if causal else (T if window is None else min(T, end + window - 1))
+        backward = causal and prefix_BT is None
+        last = end if backward else (T if window is None else min(T, end + window - 1))
         keys = slice(first, last)
 
         @jax.checkpoint
         def attend(xs, keys=keys):
             q_BCHK, positions_1C, segments_BC = xs
-            visible_BCS = visibility(positions_1C, positions_1T[:, keys], causal=causal, window=window)
+            prefix_BS = None if prefix_BT is None else prefix_BT[:, keys]
+            visible_BCS = visibility(
+                positions_1C, positions_1T[:, keys], causal=causal, window=window, prefix_BS=prefix_BS
+            )
             if segments_BC is not None:
                 visible_BCS = visible_BCS & (segments_BC[:, :, None] == segments_BT[:, None, keys])
             return masked_attention(

@@ -46,6 +46,16 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
+class Identity(nnx.Module):
+    """y = x, where a norm could stand: the first block of an encoder whose embedding is already normed (ModernBERT)."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.dim = dim
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
 class LayerNorm(nnx.Module):
     """y = gain * (x - mean(x)) / sqrt(var(x) + eps) + bias (Ba et al. 2016, arXiv 1607.06450).
 

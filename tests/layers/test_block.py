@@ -12,7 +12,7 @@ from layers.attention import Attention
 from layers.block import Block
 from layers.context import Context
 from layers.mlp import GatedMLP
-from layers.norm import RMSNorm
+from layers.norm import Identity, RMSNorm
 from tests.reference.random import random_module
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 16))
@@ -22,6 +22,7 @@ FORMULAS = {
     "post": lambda x, f, s, norm, _: norm(x + s * f(x)),
     "sandwich": lambda x, f, s, norm, out_norm: x + s * out_norm(f(norm(x))),
     "swin": lambda x, f, s, norm, _: x + s * norm(f(x)),
+    "deepnorm": lambda x, f, s, norm, _: 1.7 * norm(x) + s * f(norm(x)),
 }
 
 
@@ -38,6 +39,7 @@ def build(**knobs):
 @pytest.mark.parametrize("order", FORMULAS)
 @pytest.mark.parametrize("knobs", [{}, {"ffn": None}], ids=["both", "mixer_only"])
 def test_order_is_its_formula(order, knobs):
+    knobs = knobs | ({"skip_scale": 1.7} if order == "deepnorm" else {})
     graph, params, _ = random_module(lambda rngs: make(rngs, order=order, residual_scale=0.5, **knobs))
 
     @jax.jit
@@ -85,3 +87,28 @@ def test_refusals():
         build(order="middle")
     with pytest.raises(ValueError, match=r"Block.residual_scale=0"):
         build(residual_scale=0.0)
+    with pytest.raises(ValueError, match=r"Block.skip_scale=2.0"):
+        build(skip_scale=2.0)
+    with pytest.raises(ValueError, match=r"Block.skip_scale=-1.0"):
+        build(order="deepnorm", skip_scale=-1.0)
+
+
+class Blind(nnx.Module):
+    """A mixer that knows nothing of prefixes."""
+
+    def __init__(self, dim, *, rngs):
+        pass
+
+    def __call__(self, x_BTD, ctx):
+        return jnp.cumsum(x_BTD, 1), {}
+
+
+def test_a_mixer_that_would_ignore_a_prefix_is_refused():
+    with pytest.raises(ValueError, match=r"Block.mixer=Blind cannot"):
+        build(mixer=Blind)(X, CTX.replace(prefix_BT=jnp.ones((2, 5), bool)))
+
+
+def test_the_mixers_norm_may_differ():
+    block = build(mixer_norm=Identity)
+    x = X + block.mixer(X, CTX)[0]
+    np.testing.assert_allclose(block(X, CTX)[0], x + block.ffn(block.ffn_norm(x), CTX)[0], atol=1e-5)

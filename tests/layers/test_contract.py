@@ -23,6 +23,7 @@ from layers.mla import MLA
 from layers.mlp import MLP, GatedMLP
 from layers.modality_moe import ModalityMoE
 from layers.norm import RMSNorm
+from layers.relative_attention import RelativeAttention, RelativeBias
 from layers.rope import RoPE
 from tests.reference.random import random_module
 
@@ -38,6 +39,7 @@ class EveryOtherIsAnImage(ModalityMoE):
 
 
 LATENT = {"heads": 4, "kv_rank": 6, "nope_dim": 4, "rope_dim": 2, "value_dim": 3, "rope": RoPE}
+VALUE_GATE = F(AttentionGate, position="g2", granularity="headwise")
 CHUNKS = {"chunk": 5, "local": 3, "trained_length": 8}
 MIXERS = {
     "multi_head": F(Attention, heads=4, rope=RoPE),
@@ -46,15 +48,16 @@ MIXERS = {
     "capped_window_with_sinks": F(Attention, heads=4, kv_heads=2, window=9, soft_cap=2.0, sinks=True, scale=0.3),
     "capped_with_sinks": F(Attention, heads=4, kv_heads=1, head_dim=8, soft_cap=2.0, sinks=True),
     "gated": F(Attention, heads=4, kv_heads=2, rope=RoPE, qk_norm=RMSNorm, gate=AttentionGate),
-    "gated_values": F(
-        Attention, heads=4, kv_heads=2, window=5, gate=F(AttentionGate, position="g2", granularity="headwise")
-    ),
+    "gated_values": F(Attention, heads=4, kv_heads=2, rope=RoPE, window=5, gate=VALUE_GATE),
     "mla": F(MLA, **LATENT, kv_heads=2, gate=AttentionGate),
     "mla_with_query_rank": F(MLA, **LATENT, query_rank=8, latent_norm=RMSNorm, scale_correction=True),
     "dual_chunk": F(DualChunk, **CHUNKS, heads=4, kv_heads=2, rope=RoPE, logit_scale="once", gate=AttentionGate),
     "mamba2": F(Mamba2, heads=4, head_dim=8, state=8, groups=2, chunk=8),
     "mamba2_kv_heads": F(Mamba2, expand=1, head_dim=4, state=4, kv_heads=2, chunk=8),
     "gated_delta_net": F(GatedDeltaNet, heads=4, key_heads=2, key_dim=8, value_dim=4, chunk=8),
+    "relative_bias": F(
+        RelativeAttention, heads=4, bias=F(RelativeBias, heads=4, buckets=8, max_distance=9, bidirectional=False)
+    ),
 }
 FEED_FORWARDS = {
     "modality_moe_1t1i": F(EveryOtherIsAnImage, groups=(1, 1), width=24, capacity_bound=(0.5, 0.5)),
