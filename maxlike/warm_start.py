@@ -34,11 +34,11 @@ def load_parameters(
     Raises UserError with a table where a parameter is not named, not there, of another shape or dtype, or left behind
     without being ignored.
     """
-    directory = _checkpoint_in(pathlib.Path(source).resolve(), say)
+    directory = checkpoint_in(pathlib.Path(source).resolve(), say)
     saved_tree = files.read_record(directory).tree
     there = {path.removeprefix(f"{tree}/"): leaf for path, leaf in saved_tree.items() if path.startswith(f"{tree}/")}
     flat = checkpoint_tree.flatten(abstract_params)
-    origin = {path: _renamed(path, mapping) for path in flat}
+    origin = {path: renamed(path, mapping) for path in flat}
     unused = {path for path in there if path not in origin.values() and not any(_within(path, name) for name in ignore)}
     saved = {path: there[name] for path, name in origin.items() if name in there} | {
         f"{path} (unused)": there[path] for path in unused
@@ -90,7 +90,7 @@ def _within(path: str, root: str) -> bool:
     return root == "" or path == root or path.startswith(f"{root}/")
 
 
-def _renamed(path: str, mapping: dict[str, str]) -> str | None:
+def renamed(path: str, mapping: dict[str, str]) -> str | None:
     """The path there of a path here, or None where the mapping does not name it."""
     roots = [root for root in mapping if _within(path, root)]
     if not roots:
@@ -99,7 +99,7 @@ def _renamed(path: str, mapping: dict[str, str]) -> str | None:
     return "/".join(part for part in (mapping[root], path[len(root) :].lstrip("/")) if part)
 
 
-def _checkpoint_in(source: pathlib.Path, say: Callable[[str], None]) -> pathlib.Path:
+def checkpoint_in(source: pathlib.Path, say: Callable[[str], None]) -> pathlib.Path:
     """The newest intact checkpoint in a run directory or its `checkpoints`, or `source` itself if it is one."""
     files.quieten_orbax()
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source

@@ -21,15 +21,18 @@ CHUNK_BYTES = {"cpu": 1 << 25, "gpu": 1 << 30, "tpu": 1 << 30}
 FEWEST_CHUNKS = 4
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["nats", "squared_log_z", "correct"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["nats", "squared_log_z", "correct", "nats_M"], meta_fields=[]
+)
 @dataclasses.dataclass
 class Sums:
     """Weighted sums over all positions, float32 scalars: -log p(target), log(Z)^2 of the softmax's normaliser Z, and
-    targets whose logit is the largest (a tie counts)."""
+    targets whose logit is the largest (a tie counts); nats_M: the first again, for each part of the positions."""
 
     nats: jax.Array
     squared_log_z: jax.Array
     correct: jax.Array
+    nats_M: jax.Array
 
 
 def chunk_length(rows: int, length: int, vocab: int) -> int:
@@ -46,12 +49,14 @@ def cross_entropy(
     *,
     z_loss: float,
     chunk: int | None,
+    parts_BTM: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
     """(sums.nats + z_loss * sums.squared_log_z, sums). The first is differentiable by `hidden_BTD` and by whatever
     arrays `logits` closes over; the sums are not.
 
     logits: hidden [B, c, D] -> float32 [B, c, V], pointwise in B and c. weights_BT: weight of each target, 0 to mask.
-    chunk: positions per chunk, for all rows at once; None: by memory.
+    chunk: positions per chunk, for all rows at once; None: by memory. parts_BTM: membership of each target in M parts
+    (0 or 1) that are to be summed by themselves; None: no parts.
     """
     B, T, _ = hidden_BTD.shape
     if chunk is None:
@@ -64,9 +69,10 @@ def cross_entropy(
     )
     cut = functools.partial(_cut, chunks=chunks, pad=pad)
     hidden, targets, weights = cut(hidden_BTD), cut(targets_BT), cut(weights_BT.astype(jnp.float32))
+    parts = cut(jnp.zeros((B, T, 0), jnp.float32) if parts_BTM is None else parts_BTM.astype(jnp.float32))
     # Arrays that `logits` closes over (the head, a tied table) become arguments, so that they get gradients.
     function, closed_over = jax.closure_convert(logits, hidden[0])
-    total, sums = _summed(function, z_loss, hidden, targets, weights, closed_over)
+    total, sums = _summed(function, z_loss, hidden, targets, weights, parts, closed_over)
     return total, jax.lax.stop_gradient(sums)
 
 
@@ -74,10 +80,10 @@ def _cut(x: jax.Array, *, chunks: int, pad: int) -> jax.Array:
     """[B, T, ...] -> [chunks, B, T / chunks, ...]. A chunk takes every chunks-th position, not neighbours: where the
     length is spread over devices each of them then holds its share of every chunk."""
     x = jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunks, *x.shape[2:]), 2, 0)
+    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // chunks, chunks, *x.shape[2:]), 2, 0)
 
 
-def _chunk(logits, targets, weights):
+def _chunk(logits, targets, weights, parts):
     """(Sums, exp(logits - largest), its sum Z', log Z) of one chunk of logits [B, c, V]."""
     top = jnp.max(logits, axis=-1)
     exponentials = jnp.exp(logits - top[..., None])
@@ -85,10 +91,13 @@ def _chunk(logits, targets, weights):
     log_z = top + jnp.log(normaliser)
     gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
-    def summed(x):
-        return jnp.sum(jnp.where(weights != 0, x, 0.0) * weights)  # a masked target may be no token at all
+    def weighted(x):
+        return jnp.where(weights != 0, x, 0.0) * weights  # a masked target may be no token at all
 
-    sums = Sums(summed(log_z - gold), summed(jnp.square(log_z)), summed((gold >= top).astype(jnp.float32)))
+    nats = weighted(log_z - gold)
+    correct = weighted((gold >= top).astype(jnp.float32))
+    nats_M = jnp.sum(nats[..., None] * parts, (0, 1))
+    sums = Sums(jnp.sum(nats), jnp.sum(weighted(jnp.square(log_z))), jnp.sum(correct), nats_M)
     return sums, exponentials, normaliser, log_z
 
 
@@ -96,35 +105,36 @@ def _total(sums: Sums, z_loss: float) -> jax.Array:
     return sums.nats + z_loss * sums.squared_log_z
 
 
-def _zero() -> Sums:
-    return Sums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
+def _zero(parts) -> Sums:
+    return Sums(*(jnp.zeros((), jnp.float32) for _ in range(3)), jnp.zeros(parts.shape[-1], jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(function, z_loss, hidden, targets, weights, closed_over):
+def _summed(function, z_loss, hidden, targets, weights, parts, closed_over):
     def body(sums, xs):
-        h, t, w = xs
-        return jax.tree.map(jnp.add, sums, _chunk(function(h, *closed_over), t, w)[0]), None
+        h, *rest = xs
+        return jax.tree.map(jnp.add, sums, _chunk(function(h, *closed_over), *rest)[0]), None
 
-    sums, _ = jax.lax.scan(body, _zero(), (hidden, targets, weights))
+    sums, _ = jax.lax.scan(body, _zero(parts), (hidden, targets, weights, parts))
     return _total(sums, z_loss), sums
 
 
-def _forward(function, z_loss, hidden, targets, weights, closed_over):
+def _forward(function, z_loss, hidden, targets, weights, parts, closed_over):
     def body(carry, xs):
         sums, head_gradients = carry
-        h, t, w = xs
+        h, t, w, p = xs
         logits, pull = jax.vjp(function, h, *closed_over)
-        part, exponentials, normaliser, log_z = _chunk(logits, t, w)
+        here, exponentials, normaliser, log_z = _chunk(logits, t, w, p)
         factor = w * (1.0 + 2.0 * z_loss * log_z) / normaliser
         hit = jnp.arange(logits.shape[-1]) == t[..., None]
         h_gradient, *gradients = pull(exponentials * factor[..., None] - jnp.where(hit, w[..., None], 0.0))
         head_gradients = [total + g.astype(total.dtype) for total, g in zip(head_gradients, gradients, strict=True)]
-        return (jax.tree.map(jnp.add, sums, part), head_gradients), h_gradient
+        return (jax.tree.map(jnp.add, sums, here), head_gradients), h_gradient
 
     # summed over chunks in float32, whatever dtype the head computes in
     zeros = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in closed_over]
-    (sums, head_gradients), hidden_gradient = jax.lax.scan(body, (_zero(), zeros), (hidden, targets, weights))
+    start = (_zero(parts), zeros)
+    (sums, head_gradients), hidden_gradient = jax.lax.scan(body, start, (hidden, targets, weights, parts))
     head_gradients = [g.astype(x.dtype) for g, x in zip(head_gradients, closed_over, strict=True)]
     return (_total(sums, z_loss), sums), (hidden_gradient, head_gradients)
 
@@ -136,7 +146,7 @@ def _backward(function, z_loss, gradients, cotangents):
     def scaled(g):
         return g * slope.astype(g.dtype)
 
-    return scaled(hidden_gradient), None, None, [scaled(g) for g in head_gradients]
+    return scaled(hidden_gradient), None, None, None, [scaled(g) for g in head_gradients]
 
 
 _summed.defvjp(_forward, _backward)

@@ -66,8 +66,11 @@ def test_a_masked_target_may_be_no_token():
 
 
 def test_sums_are_exact_and_carry_no_gradient():
+    parts_BTM = TARGETS[..., None] % 2 == jnp.arange(2)
+
     def loss(hidden):
-        return cross_entropy(functools.partial(head, HEAD), hidden, TARGETS, WEIGHTS, z_loss=0.3, chunk=3)
+        logits = functools.partial(head, HEAD)
+        return cross_entropy(logits, hidden, TARGETS, WEIGHTS, z_loss=0.3, chunk=3, parts_BTM=parts_BTM)
 
     total, sums = jax.jit(loss)(HIDDEN)
     logits, weights = np.asarray(head(HEAD, HIDDEN), np.float64), np.asarray(WEIGHTS)
@@ -77,6 +80,9 @@ def test_sums_are_exact_and_carry_no_gradient():
     np.testing.assert_allclose(sums.squared_log_z, np.sum(weights * log_z**2), rtol=1e-6)
     np.testing.assert_allclose(sums.correct, np.sum(weights * (np.argmax(logits, -1) == TARGETS)), rtol=1e-6)
     np.testing.assert_allclose(total, sums.nats + 0.3 * sums.squared_log_z, rtol=1e-6)
+    for part in (0, 1):
+        here = np.asarray(TARGETS) % 2 == part
+        np.testing.assert_allclose(sums.nats_M[part], np.sum((weights * (log_z - gold))[here]), rtol=1e-6)
     assert not np.any(jax.jit(jax.grad(lambda h: loss(h)[1].nats))(HIDDEN))
 
 

@@ -158,3 +158,31 @@ def test_a_real_model_gets_the_gradients_of_the_plain_loss():
     got, expected = (jax.jit(jax.value_and_grad(f))(params) for f in (chunked, plain))
     assert float(got[0]) == pytest.approx(float(expected[0]), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got[1], expected[1])
+
+
+@dataclasses.dataclass
+class TwoModalities(Bigram):
+    """Token ids from 9 on are of the second modality."""
+
+    modalities = 2
+
+    def modality(self, tokens_BT):
+        return (tokens_BT >= 9).astype(jnp.int32)
+
+
+def test_the_loss_of_each_modality_is_over_its_own_targets(nats):
+    data = batch()
+    _, metrics = jax.jit(
+        lambda table: NextToken(modalities=("text", "image"))(TwoModalities(table, {}, []), data, None)
+    )(TABLE)
+    mask, image = np.asarray(data["loss_weights"]) > 0, np.asarray(data["targets"]) >= 9
+    for name, here in (("text", mask & ~image), ("image", mask & image)):
+        assert float(metrics[f"loss/{name}"].weight) == here.sum() > 0
+        assert float(metrics[f"loss/{name}"].value()) == pytest.approx(nats[0][here].mean(), rel=1e-6)
+
+
+def test_names_of_modalities_that_the_model_does_not_have_are_refused():
+    with pytest.raises(UserError, match=r"NextToken\.modalities names 3 modalities and the model has 2"):
+        NextToken(modalities=("text", "image", "sound"))(TwoModalities(TABLE, {}, []), batch(), None)
+    with pytest.raises(UserError, match="names one modality twice"):
+        NextToken(modalities=("text", "text"))
