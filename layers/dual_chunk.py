@@ -1,6 +1,5 @@
 """Dual chunk attention: rows longer than those in training, without one distance that training has not seen."""
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -13,6 +12,7 @@ from layers.attention import Attention
 from layers.cache import real, write
 from layers.context import Context
 from layers.masked_attention import MASKED, chunks, visibility
+from layers.rope2d import RoPE2D
 
 WHOLE = 1024  # longest row whose T x T scores are held at once
 QUERIES = 256  # queries at a time in longer rows
@@ -40,8 +40,9 @@ class DualChunk(Attention):
         logit_scale: what multiplies scores of a query with n = i + 1 > L0 tokens so far: "none" 1; "once" 0.1 ln(n /
         L0) + 1; "yarn_sq" its square, the temperature of YaRN. Counting the tokens so far instead of the final length,
         which a decoder does not know, makes decoding equal the whole row.
-    Decoding: keys are cached rotated at j mod c and never rotated again; the cache is that of Attention.
-    Refuses chunks and local windows outside their ranges, and what Attention refuses.
+    Decoding: keys are cached rotated at j mod c and never rotated again, with the position of each.
+    Refuses chunks and local windows outside their ranges, a prefix that earlier tokens see, two-dimensional rotary
+        positions, and what Attention refuses.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class DualChunk(Attention):
             gate=gate,
             rngs=rngs,
         )
+        if isinstance(self.rope, RoPE2D):
+            raise ValueError("DualChunk.rope=RoPE2D has a second position that no chunk folds back: use RoPE")
         self.chunk, self.local, self.trained_length = chunk, local, trained_length
         self.temperature_power = {"none": 0, "once": 1, "yarn_sq": 2}[logit_scale]
 
@@ -96,25 +99,27 @@ class DualChunk(Attention):
         last = self.chunk + self.local - 1
         return inside_BT, jnp.minimum(inside_BT + self.chunk, last), jnp.full_like(inside_BT, last)
 
-    def _rotate_chunks(self, q_BTHK, k_BTGK, v_BTGK, positions_BT, chunks_apart: int):
-        """A query for each of the distances 0..chunks_apart, at most 2, times scale; keys at j mod c; values."""
+    def _rotate_chunks(self, q_BTHK, k_BTGK, v_BTGK, ctx: Context):
+        """Queries for keys of their own chunk, the one before and all earlier ones, times scale; keys; values."""
+        if ctx.prefix_BT is not None:
+            raise ValueError(
+                "DualChunk has no distance for a prefix that earlier tokens see (Context.prefix_BT): drop the batch's "
+                "`prefix` field, or use Attention"
+            )
+        positions_BT = ctx.positions_BT
         q_BTHK = q_BTHK * self.scale
         if self.temperature_power:
             excess_BT = (positions_BT.astype(jnp.float32) + 1) / self.trained_length
             temperature_BT = (0.1 * jnp.log(jnp.maximum(excess_BT, 1.0)) + 1) ** self.temperature_power
             q_BTHK = q_BTHK * temperature_BT[:, :, None, None].astype(q_BTHK.dtype)
-        places = self.query_positions(positions_BT)[: min(chunks_apart, 2) + 1]
-        queries = tuple(self.rope(q_BTHK, place_BT) for place_BT in places)
+        queries = tuple(self.rope(q_BTHK, place_BT) for place_BT in self.query_positions(positions_BT))
         keys = self.rope(k_BTGK, positions_BT % self.chunk)
         return jax.tree.map(lambda z: axes.constrain(z, "batch", "length", "act_heads", None), (queries, keys, v_BTGK))
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         q_BTHK, k_BTGK, v_BTGK, score = self._project(x_BTD)
-        T = x_BTD.shape[1]
-        # Two tokens of a row are at most T - 1 apart, wherever the row starts in its document.
-        apart = math.ceil((T - 1) / self.chunk)
-        queries, k_BTGK, v_BTGK = self._rotate_chunks(q_BTHK, k_BTGK, v_BTGK, ctx.positions_BT, apart)
-        chunk_BT = ctx.positions_BT // self.chunk
+        queries, k_BTGK, v_BTGK = self._rotate_chunks(q_BTHK, k_BTGK, v_BTGK, ctx)
+        T, chunk_BT = x_BTD.shape[1], ctx.positions_BT // self.chunk
         index_BT = jnp.broadcast_to(jnp.arange(T), chunk_BT.shape)
 
         def attend(xs):
@@ -134,33 +139,36 @@ class DualChunk(Attention):
             y_BTHK = jnp.reshape(jnp.swapaxes(y_NBCHK, 0, 1), (x_BTD.shape[0], -1, *y_NBCHK.shape[3:]))[:, :T]
         return self._finish(y_BTHK, score), self._aux(score, ctx)
 
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        """An empty cache for rows of at most `length` tokens."""
+        return super().init_cache(batch, length, dtype) | {"position": jnp.zeros((batch, length), jnp.int32)}
+
     def extend(
         self, x_BTD: jax.Array, cache: dict[str, jax.Array], ctx: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Appends T tokens a row, of which the first ctx.lengths_B are real, at ctx.positions_BT."""
         q_BTHK, k_BTGK, v_BTGK, score = self._project(x_BTD)
-        slots = cache["k"].shape[1]
-        apart = (slots - 1) // self.chunk
-        queries, k_BTGK, v_BTGK = self._rotate_chunks(q_BTHK, k_BTGK, v_BTGK, ctx.positions_BT, apart)
-        cache = write(cache, {"k": k_BTGK, "v": v_BTGK}, jnp.where(real(ctx), ctx.positions_BT, slots))
-        position_1S = jnp.arange(slots)[None]
-        visible_BTS = visibility(ctx.positions_BT, position_1S, causal=True, window=None)
-        apart_BTS = (ctx.positions_BT // self.chunk)[:, :, None] - (position_1S // self.chunk)[:, None, :]
+        queries, k_BTGK, v_BTGK = self._rotate_chunks(q_BTHK, k_BTGK, v_BTGK, ctx)
+        new, slots = {"k": k_BTGK, "v": v_BTGK, "position": ctx.positions_BT}, cache["k"].shape[1]
+        cache = write(cache, new, jnp.where(real(ctx), ctx.cache_slots_BT, slots))
+        visible_BTS = visibility(ctx.cache_slots_BT, jnp.arange(slots)[None], causal=True, window=None)
+        apart_BTS = (ctx.positions_BT // self.chunk)[:, :, None] - (cache["position"] // self.chunk)[:, None, :]
         k_BSGK, v_BSGK = cache["k"].astype(x_BTD.dtype), cache["v"].astype(x_BTD.dtype)
         y_BTHK = _attend(queries, k_BSGK, v_BSGK, apart_BTS, visible_BTS)
         return self._finish(y_BTHK, score), cache
 
 
 def _attend(queries, k_BSGK, v_BSGK, apart_BTS, visible_BTS) -> jax.Array:
-    """softmax over visible keys of q_d . k, where q_d is the query for keys d = apart chunks back (the last query also
-    for those further back); [B, T, H, K]. Queries carry their scale."""
+    """softmax over visible keys of q . k, with the first, second or third query for keys of the same chunk, the one
+    before or an earlier one; [B, T, H, K]. Queries carry their scale."""
     B, T, H, K = queries[0].shape
     G = k_BSGK.shape[2]
-    s_BGRTS = None
-    for d, q_BTHK in enumerate(queries):
-        q_BTGRK = jnp.reshape(q_BTHK, (B, T, G, H // G, K))
-        part = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
-        s_BGRTS = part if s_BGRTS is None else jnp.where(apart_BTS[:, None, None] >= d, part, s_BGRTS)
+    q_B3GRTK = jnp.transpose(jnp.reshape(jnp.stack(queries, 1), (B, 3, T, G, H // G, K)), (0, 1, 3, 4, 2, 5))
+    # One product, so that a decoding step reads the keys once.
+    s_B3GRTS = jnp.einsum("bzgrtk,bsgk->bzgrts", q_B3GRTK, k_BSGK, preferred_element_type=jnp.float32)
+    same, before, earlier = (s_B3GRTS[:, i] for i in range(3))
+    apart_BTS = apart_BTS[:, None, None]
+    s_BGRTS = jnp.where(apart_BTS == 0, same, jnp.where(apart_BTS == 1, before, earlier))
     p_BGRTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], s_BGRTS, MASKED), -1).astype(v_BSGK.dtype)
     y_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", p_BGRTS, v_BSGK)
     return jnp.reshape(y_BTGRK, (B, T, H, v_BSGK.shape[-1]))

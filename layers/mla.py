@@ -11,6 +11,7 @@ from layers.attention_gate import gated
 from layers.cache import real, write
 from layers.context import Context
 from layers.linear import Linear
+from layers.rope2d import RoPE2D
 
 
 class MLA(nnx.Module):
@@ -34,11 +35,12 @@ class MLA(nnx.Module):
         scale_correction: queries times sqrt(D / query_rank) and the normed latent times sqrt(D / kv_rank), so that
         their variance does not depend on the ranks (LongCat-Flash, arXiv 2509.01322); the shared key is not scaled.
         gate: factory of an AttentionGate at "g1" or "g5", or None.
-    Decoding: the cache holds [c | rotated k_rope], kv_rank + rope_dim numbers a token, and nothing else. Keys and
-        values are never made again: W_kb is applied to the query and W_vb to the mixed latents ("absorbed"), which is
-        attention with one key head, and the same result.
-    Refuses a rank above what its matrices can have, kv_heads that do not divide heads, widths below 1, and a gate on
-        keys, queries or values.
+    Decoding: the cache holds [c | rotated k_rope], kv_rank + rope_dim numbers a token, and nothing else. A few new
+        tokens make no keys and values from it: W_kb is applied to their queries and W_vb to the mixed latents
+        ("absorbed"), which is attention with one key head, and the same result. Many new tokens, a prefill, make them
+        for the time of the call, where that takes fewer operations.
+    Refuses a rank above what its matrices can have, kv_heads that do not divide heads, widths below 1, two-dimensional
+        rotary positions, and a gate on keys, queries or values.
     """
 
     def __init__(
@@ -94,6 +96,8 @@ class MLA(nnx.Module):
         self.query_norm = latent_norm(query_rank, rngs=rngs) if has_query_norm else None
         self.latent_norm = None if latent_norm is None else latent_norm(kv_rank, rngs=rngs)
         self.rope = rope(rope_dim)
+        if isinstance(self.rope, RoPE2D):
+            raise ValueError("MLA.rope=RoPE2D needs blocks of a filled-in blank, which MLA does not read: use RoPE")
         self.gate = None if gate is None else gate(dim, H, G, value_dim, rngs=rngs)
         if self.gate is not None and self.gate.position not in ("g1", "g5"):
             raise ValueError(
@@ -115,6 +119,13 @@ class MLA(nnx.Module):
         c_BTR = c_BTR if self.latent_norm is None else self.latent_norm(c_BTR)
         return c_BTR * self.latent_factor, self.rope(self.shared_key(x_BTD)[:, :, None], positions_BT)
 
+    def _expand(self, c_BSR, shared_BS1K):
+        """Keys [B, S, G, nope + rope] and values [B, S, G, value_dim] of every kv head."""
+        k_BSGN = self.key(c_BSR)
+        shared_BSGK = jnp.broadcast_to(shared_BS1K, (*k_BSGN.shape[:3], self.rope_dim))
+        keys_and_values = jnp.concatenate([k_BSGN, shared_BSGK], -1), self.value(c_BSR)
+        return tuple(axes.constrain(z, "batch", "length", "act_heads", None) for z in keys_and_values)
+
     def _finish(self, y_BTHV, x_BTD):
         """(y_BTD, the gate's score): the output projection, with the gates around it."""
         score = None if self.gate is None else self.gate.score(x_BTD)
@@ -123,11 +134,7 @@ class MLA(nnx.Module):
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Keys and values of every head are made: fewest operations where all tokens are new."""
         q_BTHK = self._queries(x_BTD, ctx.positions_BT)
-        c_BTR, shared_BT1K = self._latents(x_BTD, ctx.positions_BT)
-        k_BTGN = self.key(c_BTR)
-        shared_BTGK = jnp.broadcast_to(shared_BT1K, (*k_BTGN.shape[:3], self.rope_dim))
-        k_BTGK, v_BTGV = jnp.concatenate([k_BTGN, shared_BTGK], -1), self.value(c_BTR)
-        k_BTGK, v_BTGV = (axes.constrain(z, "batch", "length", "act_heads", None) for z in (k_BTGK, v_BTGV))
+        k_BTGK, v_BTGV = self._expand(*self._latents(x_BTD, ctx.positions_BT))
         y_BTHV = kernels.attention(q_BTHK, k_BTGK, v_BTGV, scale=self.scale, causal=True, segments_BT=ctx.segments_BT)
         y_BTD, score = self._finish(y_BTHV, x_BTD)
         return y_BTD, {} if self.gate is None else self.gate.metrics(score, ctx)
@@ -142,15 +149,30 @@ class MLA(nnx.Module):
         """Appends T tokens a row, of which the first ctx.lengths_B are real, at ctx.positions_BT."""
         c_BTR, shared_BT1K = self._latents(x_BTD, ctx.positions_BT)
         new_BTR, slots = jnp.concatenate([c_BTR, shared_BT1K[:, :, 0]], -1), cache["latent"].shape[1]
-        cache = write(cache, {"latent": new_BTR}, jnp.where(real(ctx), ctx.positions_BT, slots))
+        cache = write(cache, {"latent": new_BTR}, jnp.where(real(ctx), ctx.cache_slots_BT, slots))
 
         q_BTHK = self._queries(x_BTD, ctx.positions_BT)
-        q_BTHR = jnp.concatenate([self._absorb_key(q_BTHK[..., : self.nope_dim]), q_BTHK[..., self.nope_dim :]], -1)
         latent_BS1R = cache["latent"].astype(x_BTD.dtype)[:, :, None]
-        visible_BTS = kernels.visibility(ctx.positions_BT, jnp.arange(slots)[None], causal=True, window=None)
-        # Values are the whole entries and the shared key's part of the result is dropped: slicing first copies a cache.
-        y_BTHR = kernels.masked_attention(q_BTHR, latent_BS1R, latent_BS1R, visible_BTS, scale=self.scale)
-        return self._finish(self._absorb_value(y_BTHR[..., : self.kv_rank]), x_BTD)[0], cache
+        visible_BTS = kernels.visibility(ctx.cache_slots_BT, jnp.arange(slots)[None], causal=True, window=None)
+        if self._absorbing_is_cheaper(x_BTD.shape[1], slots):
+            q_nope, q_rope = q_BTHK[..., : self.nope_dim], q_BTHK[..., self.nope_dim :]
+            q_BTHR = jnp.concatenate([self._absorb_key(q_nope), q_rope], -1)
+            # Values are whole entries, and the shared key's part of the result is dropped: slicing would copy a cache.
+            y_BTHR = kernels.masked_attention(q_BTHR, latent_BS1R, latent_BS1R, visible_BTS, scale=self.scale)
+            y_BTHV = self._absorb_value(y_BTHR[..., : self.kv_rank])
+        else:
+            k_BSGK, v_BSGV = self._expand(latent_BS1R[:, :, 0, : self.kv_rank], latent_BS1R[..., self.kv_rank :])
+            y_BTHV = kernels.masked_attention(q_BTHK, k_BSGK, v_BSGV, visible_BTS, scale=self.scale)
+        return self._finish(y_BTHV, x_BTD)[0], cache
+
+    def _absorbing_is_cheaper(self, new: int, slots: int) -> bool:
+        """Whether `new` tokens over a cache of `slots` take fewer multiply-adds on latents than on keys and values."""
+        heads = self.query.outputs // (self.nope_dim + self.rope_dim)
+        key_and_value = self.nope_dim + self.out.inputs // heads  # numbers of a head that are made from latents
+        absorbed = new * heads * (2 * slots * (self.kv_rank + self.rope_dim) + self.kv_rank * key_and_value)
+        expanded = new * heads * slots * (key_and_value + self.rope_dim)
+        expanded += slots * self.kv_rank * (self.key.outputs + self.value.outputs)
+        return absorbed <= expanded
 
     def _absorb_key(self, q_BTHN):
         """W_kb^T q for each head, [B, T, H, kv_rank]: its product with a latent is q . k_nope."""

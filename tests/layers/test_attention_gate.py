@@ -95,7 +95,7 @@ def test_equals_its_definition_and_decodes(name, x_BTD):
         cache = module.init_cache(B, T, jnp.float32)
         for size in (6, 4):
             ctx = Context(positions_BT[:, at_T : at_T + size], None, jnp.full(B, size))
-            y_BTD, cache = module.extend(x_BTD[:, at_T : at_T + size], cache, ctx)
+            y_BTD, cache = jax.jit(module.extend)(x_BTD[:, at_T : at_T + size], cache, ctx)
             out.append(y_BTD)
             at_T += size
         np.testing.assert_allclose(jnp.concatenate(out, 1), whole, atol=1e-5)

@@ -15,6 +15,7 @@ from layers.context import Context
 from layers.dual_chunk import DualChunk
 from layers.norm import RMSNorm
 from layers.rope import RoPE
+from layers.rope2d import RoPE2D
 from tests.reference import dual_chunk as naive
 from tests.reference.random import random_module
 
@@ -112,6 +113,32 @@ def test_a_long_row_goes_by_chunks_of_queries(x_BTD, monkeypatch):
     jax.tree.map(F(np.testing.assert_allclose, rtol=2e-5, atol=1e-4), gradient("chunked"), gradient("whole"))
 
 
+def test_tokens_that_skip_positions(x_BTD):
+    # What a layer that gets only some tokens of a row sees: chunks go by position, cache slots by count.
+    make, kept = F(DualChunk, D, **KNOBS), np.flatnonzero(np.random.default_rng(0).random(T) < 0.4)
+    graph, params = parts(make)
+    module, positions_BT = nnx.merge(graph, params), jnp.broadcast_to(jnp.asarray(kept), (2, len(kept)))
+    ctx = Context.of(x_BTD[..., 0])
+    # The others as documents of their own: invisible, at their places.
+    segments_BT = jnp.where(jnp.isin(jnp.arange(T), kept), 1, jnp.arange(T) + 2)[None].repeat(2, 0)
+    expected = outputs(make, params, x_BTD, ctx.replace(segments_BT=segments_BT))[:, kept]
+    some_BTD, whole = x_BTD[:, kept], Context(positions_BT, None)
+    np.testing.assert_allclose(outputs(make, params, some_BTD, whole), expected, atol=1e-5)
+    cache, out = module.init_cache(2, len(kept), jnp.float32), []
+    for part in (slice(0, 4), slice(4, None)):
+        slots_BT = jnp.arange(len(kept))[None, part].repeat(2, 0)
+        ctx = Context(positions_BT[:, part], None, jnp.full(2, slots_BT.shape[1]), slots_BT=slots_BT)
+        y_BTD, cache = module.extend(some_BTD[:, part], cache, ctx)
+        out.append(y_BTD)
+    np.testing.assert_allclose(jnp.concatenate(out, 1), expected, atol=1e-5)
+
+
+def test_refuses_a_prefix(x_BTD):
+    ctx = Context.of(x_BTD[..., 0], prefix_BT=jnp.arange(T)[None].repeat(2, 0) < 4)
+    with pytest.raises(ValueError, match="DualChunk has no distance for a prefix"):
+        nnx.merge(*parts(F(DualChunk, D, **KNOBS)))(x_BTD, ctx)
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
@@ -119,6 +146,7 @@ def test_a_long_row_goes_by_chunks_of_queries(x_BTD, monkeypatch):
         ({"local": 0}, "DualChunk.local=0 must lie between 1 and chunk=5"),
         ({"local": 6}, "DualChunk.local=6 must lie between 1 and chunk=5"),
         ({"trained_length": 7}, "exceeds trained_length=7"),
+        ({"rope": RoPE2D}, "DualChunk.rope=RoPE2D"),
         ({"logit_scale": "twice"}, "DualChunk.logit_scale='twice'"),
         ({"kv_heads": 3}, "kv_heads=3 does not divide"),
     ],

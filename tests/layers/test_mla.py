@@ -15,6 +15,7 @@ from layers.context import Context
 from layers.mla import MLA
 from layers.norm import RMSNorm
 from layers.rope import RoPE, YaRN
+from layers.rope2d import RoPE2D
 from tests.reference import mla as naive
 from tests.reference.attention import attention as naive_attention
 from tests.reference.random import random_module
@@ -74,6 +75,25 @@ def test_the_cache_is_a_latent_and_a_shared_key():
         assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(cache))
 
 
+def test_latents_are_absorbed_or_expanded_with_the_same_result(monkeypatch):
+    def extend(absorb):
+        monkeypatch.setattr(MLA, "_absorbing_is_cheaper", lambda self, new, slots: absorb)
+        module, x_BTD = nnx.merge(*parts(kv_heads=2, query_rank=16, scale_correction=True)), random_x()
+        ctx = Context.of(x_BTD[..., 0], lengths_B=jnp.asarray([T, 7]))
+        return jax.jit(module.extend)(x_BTD, module.init_cache(B, T, jnp.float32), ctx)
+
+    (absorbed, cache), (expanded, same_cache) = extend(True), extend(False)
+    np.testing.assert_allclose(absorbed, expanded, atol=1e-5)
+    np.testing.assert_array_equal(cache["latent"], same_cache["latent"])
+    assert not np.any(cache["latent"][1, 7:])  # padding is never written
+
+
+def test_published_sizes_absorb_while_decoding_and_expand_in_a_prefill():
+    knobs = {"heads": 128, "kv_rank": 512, "nope_dim": 128, "rope_dim": 64, "value_dim": 128, "rope": RoPE}  # DeepSeek
+    module = jax.eval_shape(lambda: MLA(7168, **knobs, query_rank=1536, rngs=nnx.Rngs(params=0)))
+    assert [module._absorbing_is_cheaper(new, 4096) for new in (1, 8, 1024, 4096)] == [True, True, False, False]
+
+
 @pytest.mark.parametrize("position", ["g1", "g5"])
 def test_gate(position):
     knobs = {"value_dim": D // H, "kv_heads": 2}
@@ -90,16 +110,17 @@ def test_gate(position):
 
 
 def test_scale_correction_keeps_the_variance_of_keys():
+    x_BTD = np.random.default_rng(0).standard_normal((2, 64, 256)).astype(np.float32)
+
     def variance(rank, corrected):
-        module = MLA(
-            256, **(KNOBS | {"heads": 8, "nope_dim": 32, "kv_rank": rank, "latent_norm": RMSNorm}),
-            scale_correction=corrected, rngs=nnx.Rngs(params=0),
-        )  # fmt: skip
-        # The initial weights of this library already take the rank into account; the report's have one deviation.
-        kernel = 0.02 * jax.random.normal(jax.random.key(1), (rank, 8, 32))
-        x_BTD = jax.random.normal(jax.random.key(2), (2, 64, 256))
+        knobs = KNOBS | {"heads": 8, "nope_dim": 32, "kv_rank": rank, "latent_norm": RMSNorm}
+        # One deviation whatever the rank, as in the report; our initial weights take the rank into account.
+        build = F(MLA, 256, **knobs, scale_correction=corrected)
+        graph, params, _ = random_module(lambda rngs: build(rngs=rngs), std=0.02)
+        params["latent_norm"]["gain"] = np.ones(rank, np.float32)
+        module = nnx.merge(graph, params)
         c_BTR, _ = module._latents(x_BTD, Context.of(x_BTD[..., 0]).positions_BT)
-        return float(jnp.var(jnp.einsum("btr,rgn->btgn", c_BTR, kernel)))
+        return float(jnp.var(module.key(c_BTR)))
 
     assert variance(16, True) / variance(64, True) == pytest.approx(1.0, abs=0.1)
     assert variance(16, False) / variance(64, False) == pytest.approx(0.25, abs=0.03)
@@ -141,6 +162,7 @@ def test_kernels_take_values_narrower_or_wider_than_keys(implementation, value_d
         ({"kv_heads": 3}, "MLA.kv_heads=3 does not divide heads=4"),
         ({"rope_dim": 0}, "MLA.rope_dim=0 must be at least 1"),
         ({"rope_dim": 3}, "rotates 3 of 3"),
+        ({"rope": RoPE2D}, "MLA.rope=RoPE2D"),
         ({"kv_rank": 33}, "MLA.kv_rank=33 must lie between 1 and 32"),
         ({"kv_rank": 15, "kv_heads": 1}, "MLA.kv_rank=15 must lie between 1 and 14"),
         ({"query_rank": 0}, "MLA.query_rank=0 must lie between 1 and 32"),
