@@ -149,12 +149,12 @@ def _write_config(
         for name in COMPANIONS:
             if name != "config.json" and (kept / name).is_file():
                 shutil.copyfile(kept / name, target / name)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
     if not inherited or not same_words:
         inherited = {}
         _write_tokenizer(target, tokenizer)
     inherited = {key: value for key, value in inherited.items() if key in IRRELEVANT - OF_THE_FILE}
-    lengths = {"max_position_embeddings": experiment.sequence_length}
+    lengths = {} if family.length_key is None else {family.length_key: experiment.sequence_length}
     body = lengths | ids | config | inherited | {"torch_dtype": dtype}
     (target / "config.json").write_text(json.dumps(body, indent=2) + "\n")
 

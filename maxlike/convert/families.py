@@ -8,12 +8,16 @@ from typing import Any
 from maxlike.catalog import nearest
 from maxlike.convert.config_json import ConfigJson, read_json
 from maxlike.convert.family import Family
+from maxlike.convert.glm import Glm, Glm4
+from maxlike.convert.gpt2 import Gpt2
 from maxlike.convert.llama import Llama, Mistral
+from maxlike.convert.qwen import Qwen2, Qwen3
+from maxlike.convert.starcoder2 import Starcoder2
 from maxlike.convert.structure import Cannot
 from maxlike.errors import UserError
 
 # In this order an export tries them: the plainest class that expresses a network exactly is the one it is written as.
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral())
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3(), Starcoder2(), Glm(), Glm4(), Gpt2())
 
 
 def named(model_type: str) -> Family:

@@ -16,6 +16,7 @@ class Family:
     tied: {name: other name} of tensors that files may hold twice; where the network has no parameter for the first,
         it must equal the second.
     prefix: a prefix of names that some files leave out.
+    length_key: where config.json has the longest length a model was trained for, when no parameter says it.
     """
 
     architectures: ClassVar[tuple[str, ...]]
@@ -24,6 +25,7 @@ class Family:
     ignored: ClassVar[tuple[str, ...]] = (r".*rotary_emb\.inv_freq",)
     tied: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     prefix: ClassVar[str] = ""
+    length_key: ClassVar[str | None] = "max_position_embeddings"
 
     def network(self, config: ConfigJson) -> Callable[..., Any]:
         """The factory of the network, called with rngs=. Takes every key that matters; refuses by name what our layers

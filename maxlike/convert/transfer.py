@@ -57,19 +57,20 @@ def _slice(leaf: jax.Array, slot) -> np.ndarray:
 
 
 def _place(files: TensorFiles, abstract: Any, held: dict[tuple[int, ...], Place]) -> jax.Array:
+    """One array of the model. Each piece is filled tensor by tensor, and no tensor outlives the next one's reading."""
     lead = len(next(iter(held)))
+
+    def read(place: tuple[int, ...], out: np.ndarray, spans: list[range]) -> None:
+        tensor, part = held[place]
+        array = tensor.form.load(files.read(tensor.name), tensor.shapes)[part]
+        wanted = array[tuple(slice(span.start, span.stop) for span in spans)]
+        out[tuple(slice(n) for n in wanted.shape)] = wanted  # what is left of `out` is padding of the vocabulary
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
         spans = [range(*part.indices(size)) for part, size in zip(index, abstract.shape, strict=True)]
         out = np.zeros([len(span) for span in spans], abstract.dtype)
         for place in itertools.product(*spans[:lead]):
-            tensor, part = held[place]
-            slot = tensor.slots[part]
-            array = tensor.form.load(files.read(tensor.name), tensor.shapes)[part]
-            wanted = array[tuple(slice(span.start, span.stop) for span in spans[lead:])]
-            target = tuple(i - span.start for i, span in zip(place, spans))
-            out[(*target, *(slice(n) for n in wanted.shape))] = wanted
-            assert array.shape == slot.shape, "the header was checked"
+            read(place, out[tuple(i - span.start for i, span in zip(place, spans))], spans[lead:])
         return out
 
     return jax.make_array_from_callback(abstract.shape, abstract.sharding, piece)
