@@ -36,6 +36,7 @@ setup(
         "test": [
             *DATA,
             "chex>=0.1.90",
+            "glassllm==0.1.0",
             "hypothesis>=6.100",
             "import-linter>=2.1",
             "pytest>=8",

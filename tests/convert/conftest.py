@@ -1,4 +1,4 @@
-"""At the end of a run: the worst difference of each family to `transformers`."""
+"""At the end of a run: the worst difference of each imported model to its own code."""
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -10,6 +10,6 @@ def pytest_terminal_summary(terminalreporter):
         if name.startswith("worst ")
     }
     if found:
-        terminalreporter.section("largest difference of logits to transformers")
+        terminalreporter.section("largest difference of logits")
         for name, value in found.items():
             terminalreporter.write_line(f"{name:28} {value:.2e}")

