@@ -31,12 +31,11 @@ class MixtureOfDepths(nnx.Module):
         auxiliary: factory of the auxiliary router, such as AuxiliaryRouter, or None.
         evaluation: "top_k" evaluates as it trains, which sees tokens to come; "auxiliary" as it decodes.
     Decoding keeps the tokens whose auxiliary router fires. Their number is not known before, so the block's cache has
-    room for whole rows; it is filled without gaps by the kept tokens alone.
+    room for whole rows; it is filled without gaps by the kept tokens alone (Context.slots_BT).
     aux: the block's, and kept (share of the tokens), dropped, and where the auxiliary router is compared with the
     choice auxiliary_bce, auxiliary_accuracy, auxiliary_recall.
     Refuses a capacity outside (0, 1] or one that keeps no token of a row, attention windows (a distance among kept
-    tokens is none in the row), contexts with a prefix or an encoder, and decoding without an auxiliary router or with a
-    mixer other than Attention.
+    tokens is none in the row), contexts with a prefix or an encoder, and decoding without an auxiliary router.
     """
 
     def __init__(
@@ -72,8 +71,7 @@ class MixtureOfDepths(nnx.Module):
         self.router = axes.param(rngs, (dim,), ("embed",), axes.normal(0.02))
         self.auxiliary = None if auxiliary is None else auxiliary(dim, outputs=None, rngs=rngs)
         mixer = self.block.mixer if isinstance(self.block, Block) else None
-        self.attends = isinstance(mixer, Attention)
-        if self.attends and mixer.window is not None:
+        if isinstance(mixer, Attention) and mixer.window is not None:
             raise ValueError(
                 f"MixtureOfDepths.block has Attention.window={mixer.window}, a distance that kept tokens do not have "
                 "among themselves: use window None"
@@ -150,10 +148,6 @@ class MixtureOfDepths(nnx.Module):
             raise ValueError(
                 "MixtureOfDepths.auxiliary is None: it keeps the best of a whole row, which decoding does not have; "
                 "train auxiliary routers (objective AuxiliaryRouters) and decode with them"
-            )
-        if not self.attends:
-            raise ValueError(
-                "MixtureOfDepths.block cannot decode: only the cache of a Block with Attention is known to skip tokens"
             )
         return {"block": self.block.init_cache(batch, length, dtype), "kept_B": jnp.zeros(batch, jnp.int32)}
 

@@ -17,7 +17,6 @@ from maxlike.hooks import Hook
 from maxlike.schedules import Clock
 from maxlike.sharding import Mesh
 from maxlike.step import Step
-from maxlike.warm_start import WarmStart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,8 @@ class Experiment:
     seed: of the initial parameters, the data order and all noise.
     step: precision, micro-batches, clipping, averaging and what to do with a bad step.
     checkpoints: when to save and what to keep. hooks: called after every step.
-    warm_start: parameters of another run to begin with, or None.
+    warm_start: `(state, abstract state, say) -> state`, such as WarmStart or Upcycle: parameters of another run to start
+        with; None begins at random.
     config: the `maxlike.config.Configuration` it was loaded from; None where it was built in Python.
 
     Raises UserError for counts below 1, or a batch that the micro-batches do not divide.
@@ -66,7 +66,7 @@ class Experiment:
     step: Step = dataclasses.field(default_factory=Step)
     checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
     hooks: tuple[Hook, ...] = ()
-    warm_start: WarmStart | None = None
+    warm_start: Callable | None = None
     config: Any = None
 
     def __post_init__(self):

@@ -13,7 +13,9 @@ from layers.auxiliary_router import AuxiliaryRouter
 from layers.block import Block
 from layers.context import Context
 from layers.language_model import LanguageModel
+from layers.mamba2 import Mamba2
 from layers.mixture_of_depths import MixtureOfDepths
+from layers.mla import MLA
 from layers.mlp import GatedMLP
 from layers.modality_moe import ModalityMoE
 from layers.norm import RMSNorm
@@ -137,6 +139,26 @@ def test_cached_decoding_equals_the_whole_row_and_keeps_only_kept_tokens():
     written = np.abs(np.asarray(depth["block"]["k"])).sum((-1, -2)) > 0  # [repeats, B, S]
     np.testing.assert_array_equal(written.sum(-1), depth["kept_B"])
     assert np.all(written[..., :-1] >= written[..., 1:]), "the cache has gaps"
+
+
+MIXERS = {
+    "mla": F(MLA, heads=2, kv_rank=6, nope_dim=4, rope_dim=2, value_dim=3, rope=RoPE),
+    "mamba2": F(Mamba2, heads=4, head_dim=4, state=8, chunk=8),
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_other_caches_skip_tokens_too(name):
+    graph, params, call = layer(block=F(BLOCK, mixer=MIXERS[name]), capacity=0.5, **AUXILIARY)
+    whole, aux = call(params, X, PLAIN)
+    assert 0.2 < float(aux["depth/kept"]) < 0.8
+    extend = jax.jit(lambda p, x, cache, ctx: nnx.merge(graph, p).extend(x, cache, ctx))
+    cache, out = nnx.merge(graph, params).init_cache(B, T, jnp.float32), []
+    for t in range(0, T, 4):
+        ctx = Context(jnp.broadcast_to(t + jnp.arange(4), (B, 4)), None, jnp.full(B, 4))
+        y, cache = extend(params, X[:, t : t + 4], cache, ctx)
+        out.append(y)
+    np.testing.assert_allclose(jnp.concatenate(out, 1), whole, atol=1e-5)
 
 
 def test_gradients_reach_the_router_and_skip_dropped_tokens():
