@@ -95,4 +95,4 @@ class ExpertChoice(nnx.Module):
     def flops_per_token(self, length: int) -> float:
         shared = 0.0 if self.shared is None else self.shared.flops_per_token(length)
         visited = self._capacity(length) * self.experts.count / length
-        return 2.0 * self.kernel[...].size + visited * self.experts.flops_per_row + shared
+        return 2.0 * self.experts.dim * self.experts.count + visited * self.experts.flops_per_row + shared

@@ -114,7 +114,7 @@ class Blocks:
     def product(self, x_NBI: jax.Array, w_EIO: jax.Array) -> jax.Array:
         # A loop of a known length runs without asking the host on an accelerator; on CPU empty blocks are skipped.
         used = self.used if kernels.platform() == "cpu" else jnp.int32(self.group_N.shape[0])
-        return _blocked(x_NBI, w_EIO, self.group_N, used)
+        return _blocked(x_NBI, jnp.asarray(w_EIO), self.group_N, used)
 
 
 def block_size(M: int, E: int) -> int:

@@ -116,8 +116,8 @@ class MoE(nnx.Module):
         """Of everything but the experts with weights."""
         zero = 0.0 if self.zero_experts is None else self.zero_experts.flops_per_token
         shared = 0.0 if self.shared is None else self.shared.flops_per_token(length)
-        gate = 0.0 if self.shared_gate is None else 2.0 * self.shared_gate[...].size
-        return self.router.flops_per_token() + zero + shared + gate
+        gate = 0.0 if self.shared_gate is None else 2.0 * self.experts.dim
+        return self.router.flops_per_token + zero + shared + gate
 
     def flops_per_token(self, length: int) -> float:
         """Active FLOPs: the experts that a token visits, not those that there are; with zero experts the expected

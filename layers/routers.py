@@ -124,6 +124,7 @@ class TopK(nnx.Module):
         self.bias = None if rule is None else axes.buffer(jnp.zeros(E), ("experts",), rule)
         # Experts with weights that a token is expected to visit: what FLOPs are stated by.
         self.expected = top_k * experts / E if rule is None else rule.expected
+        self.flops_per_token = 2.0 * dim * E
 
     def selection_bias(self) -> jax.Array | float:
         """Float32 [E], without a gradient."""
@@ -153,6 +154,3 @@ class TopK(nnx.Module):
     def report(self, y_BTD: jax.Array, counts_E: jax.Array) -> jax.Array:
         """y itself; tells the rule of the bias how many tokens each expert was chosen by."""
         return y_BTD if self.bias is None else axes.measure(y_BTD, self.bias[...], counts_E)
-
-    def flops_per_token(self) -> float:
-        return 2.0 * self.kernel[...].size

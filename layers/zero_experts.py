@@ -22,7 +22,7 @@ class ZeroExperts(nnx.Module):
         self.identity, self.count = identity, identity + zero + constant
         if self.count == 0:
             raise ValueError("ZeroExperts.identity, zero and constant are all 0: set MoE.zero_experts=None instead")
-        self.constant = constant
+        self.constant, self.dim = constant, dim
         shape, names = (constant, dim), ("experts", "embed")
         self.vector = axes.param(rngs, shape, names) if constant else None
         self.mix = axes.param(rngs, shape, names) if constant else None
@@ -43,4 +43,4 @@ class ZeroExperts(nnx.Module):
     @property
     def flops_per_token(self) -> float:
         """The constant experts' mixing logits and their vectors; the rest is not a matrix product."""
-        return 0.0 if self.mix is None else 4.0 * self.mix[...].size
+        return 4.0 * self.constant * self.dim
