@@ -124,14 +124,12 @@ def delta_rule(state: jax.Array | None, x: Chunk, constant_GR: jax.Array | None)
     u of a chunk solve a unit lower triangular system (the WY form), linear in the state before the chunk.
     """
     dtype, w = x.q.dtype, _weights(x, constant_GR)
-    K = x.v.shape[-1]
+    step_C = jnp.arange(x.q.shape[-2])
     answers = _dot("...gtn,...gsn->...gts", x.k, x.k, dtype)[..., None, :, :] * w.pair * x.beta[..., None]
-    target = x.beta[..., None] * x.v.astype(jnp.float32)
-    if state is not None:
-        probe = (x.beta * w.row)[..., None] * x.k[..., None, :, :].astype(jnp.float32)
-        target = jnp.concatenate([target, probe], -1)
-    solved = jax.lax.linalg.triangular_solve(answers, target, left_side=True, lower=True, unit_diagonal=True)
-    u, probe = solved[..., :K], solved[..., K:]
+    inverse = unit_lower_inverse(_keep(step_C[:, None] > step_C, answers))
+    u = _dot("...ts,...sk->...tk", inverse, x.beta[..., None] * x.v, dtype)
+    probe = x.beta * w.row
+    probe = _dot("...grts,...grsn->...grtn", inverse, probe[..., None] * x.k[..., None, :, :], dtype)
 
     def step(state, xs):
         k, u, probe, column, total = xs
@@ -151,6 +149,48 @@ def delta_rule(state: jax.Array | None, x: Chunk, constant_GR: jax.Array | None)
     if before is not None:
         y = y + w.row[..., None] * _dot("...gtn,...grnk->...grtk", x.q, before, dtype)
     return state, y
+
+
+@jax.custom_vjp
+def unit_lower_inverse(a: jax.Array) -> jax.Array:
+    """(I + a)^-1 of strictly lower triangular a, [..., C, C] float32, by matrix products alone.
+
+    Blocks of 8 by their finite series I - a + a^2 - ..., then pairs of blocks by substitution: a series over all of C
+    would cancel catastrophically where keys repeat.
+    """
+    C = a.shape[-1]
+    size = max(8, 1 << (C - 1).bit_length())
+    a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, size - C)] * 2)
+    block = _diagonal(a, 8)
+    square = _matmul(block, block)
+    x = jnp.eye(8) - block
+    x = x + _matmul(x, square)
+    x = x + _matmul(x, _matmul(square, square))
+    half = 8
+    while half < size:
+        first, second = x[..., 0::2, :, :], x[..., 1::2, :, :]
+        corner = -_matmul(second, _matmul(_diagonal(a, 2 * half)[..., half:, :half], first))
+        upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+        x = jnp.concatenate([upper, jnp.concatenate([corner, second], -1)], -2)
+        half *= 2
+    return x[..., 0, :C, :C]
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _inverse_forward(a):
+    x = unit_lower_inverse(a)
+    return x, x
+
+
+def _inverse_backward(x, gradient):
+    transposed = jnp.swapaxes(x, -1, -2)
+    return (-_matmul(transposed, _matmul(gradient, transposed)),)
+
+
+unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
 def channel_rule(state: jax.Array | None, x: Chunk) -> tuple[jax.Array, jax.Array]:

@@ -17,6 +17,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "identity": lambda x: x,
 }
 
 
@@ -29,7 +30,7 @@ def _check(owner: str, width: int, activation: str) -> None:
 
 class GatedMLP(nnx.Module):
     """y = (activation(x W_gate) * x W_up) W_down: SwiGLU with "silu", GeGLU with "gelu" (Shazeer 2020, arXiv
-    2002.05202).
+    2002.05202), SGLU with "identity" (TransNormerLLM, arXiv 2307.14995).
 
     x and y: [B, T, D]. aux is empty.
 
@@ -42,7 +43,7 @@ class GatedMLP(nnx.Module):
         dim: int,
         *,
         width: int,
-        activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu",
+        activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"] = "silu",
         bias: bool = False,
         std: float | None = None,
         rngs: nnx.Rngs,
@@ -75,7 +76,7 @@ class MLP(nnx.Module):
         dim: int,
         *,
         width: int,
-        activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "gelu_tanh",
+        activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"] = "gelu_tanh",
         bias: bool = False,
         std: float | None = None,
         rngs: nnx.Rngs,

@@ -17,9 +17,13 @@ from layers.attention import Attention
 from layers.attention_gate import AttentionGate
 from layers.balance import SignBias
 from layers.context import Context
+from layers.delta_net import DeltaNet
 from layers.dual_chunk import DualChunk
 from layers.experts import Experts
 from layers.gated_delta_net import GatedDeltaNet
+from layers.gated_linear_attention import GatedLinearAttention
+from layers.linear_attention import LightningAttention
+from layers.lrpe import LRPE
 from layers.mamba2 import Mamba2
 from layers.mla import MLA
 from layers.mlp import MLP, GatedMLP
@@ -27,6 +31,7 @@ from layers.modality_moe import ModalityMoE
 from layers.moe import MoE
 from layers.norm import RMSNorm
 from layers.relative_attention import RelativeAttention, RelativeBias
+from layers.retention import Retention
 from layers.rope import RoPE
 from layers.routers import GroupLimit, TopK
 from layers.zero_experts import ZeroExperts
@@ -60,6 +65,10 @@ MIXERS = {
     "mamba2": F(Mamba2, heads=4, head_dim=8, state=8, groups=2, chunk=8),
     "mamba2_kv_heads": F(Mamba2, expand=1, head_dim=4, state=4, kv_heads=2, chunk=8),
     "gated_delta_net": F(GatedDeltaNet, heads=4, key_heads=2, key_dim=8, value_dim=4, chunk=8),
+    "lightning": F(LightningAttention, heads=4, layers=1, lrpe=LRPE, chunk=8),
+    "retention": F(Retention, heads=4, chunk=8),
+    "gated_linear_attention": F(GatedLinearAttention, heads=2, rank=4, chunk=8),
+    "delta_net": F(DeltaNet, heads=4, chunk=16),
     "relative_bias": F(
         RelativeAttention, heads=4, bias=F(RelativeBias, heads=4, buckets=8, max_distance=9, bidirectional=False)
     ),
