@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from layers.axes import Buffer
+from layers.axes import Buffer, Keys
 from maxlike.checkpoint import Checkpoints
 from maxlike.data.data import Data
 from maxlike.data.loader import FiniteBatches
@@ -47,8 +47,8 @@ class Experiment:
     seed: of the initial parameters, the data order and all noise.
     step: precision, micro-batches, clipping, averaging and what to do with a bad step.
     checkpoints: when to save and what to keep. hooks: called after every step.
-    warm_start: `(state, abstract state, say) -> state`, such as WarmStart or Upcycle: parameters of another run to start
-        with; None begins at random.
+    warm_start: `(state, abstract state, say) -> state`, such as WarmStart or Upcycle: parameters of another run
+        to begin with, or None.
     config: the `maxlike.config.Configuration` it was loaded from; None where it was built in Python.
 
     Raises UserError for counts below 1, or a batch that the micro-batches do not divide.
@@ -87,7 +87,7 @@ class Experiment:
 
     def build(self, key: jax.Array) -> tuple[Any, Any, Any]:
         """(graph, params, buffers) of a freshly initialised model, the latter two as flax states."""
-        return nnx.split(self.model(rngs=nnx.Rngs(params=key)), nnx.Param, Buffer)
+        return nnx.split(self.model(rngs=Keys(key)), nnx.Param, Buffer)
 
     def abstract_model(self) -> AbstractModel:
         """Shapes and logical axes, without computing a number; traced once."""

@@ -1,6 +1,7 @@
 """Training of auxiliary routers, after everything else."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,12 +20,18 @@ class AuxiliaryRouters:
     The choices are those of training, made without noise. Only auxiliary routers get a gradient; the optimizer `Only`
     keeps weight decay off all else, and `Upcycle` begins with the parameters of a run that had none of them.
 
-    Reads of the batch [B, T]: inputs (int32), segment_ids, positions (int32); an evaluation also what NextToken reads.
+    Reads of the batch [B, T]: inputs (int32), segment_ids, positions (int32); an evaluation also what `next_token` reads.
+
+    next_token: objective that an evaluation reports too; None for NextToken().
 
     Metrics: loss (nats a decision), what the layers report (auxiliary_accuracy, auxiliary_recall among it), and in an
-    evaluation next_token/...: NextToken's metrics, routed as ModalityMoE.evaluation and MixtureOfDepths.evaluation say.
+    evaluation next_token/...: that objective's metrics, routed as ModalityMoE.evaluation and MixtureOfDepths.evaluation
+    say.
     Raises UserError for a model without auxiliary routers.
     """
+
+    def __init__(self, *, next_token: Callable | None = None):
+        self.next_token = NextToken() if next_token is None else next_token
 
     def __call__(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[Mean, dict[str, Mean]]:
         """Sums over the batch. key: None in an evaluation; there is no noise either way."""
@@ -40,6 +47,6 @@ class AuxiliaryRouters:
         loss = Mean(jnp.mean(jnp.concatenate(losses)) * tokens, tokens)
         metrics = {"loss": loss} | read_aux(output.aux, tokens)[1]
         if key is None:
-            plain = NextToken()(model, batch, None)[1]
+            plain = self.next_token(model, batch, None)[1]
             metrics |= {f"next_token/{name}": mean for name, mean in plain.items() if not name.startswith("layers/")}
         return loss, metrics
