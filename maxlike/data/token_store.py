@@ -135,7 +135,7 @@ def encode_part(job: tuple[Source, Tokenizer, int, pathlib.Path]) -> dict:
             for (index, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch])):
                 if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                     raise RuntimeError(f"an id of document {index} is outside the vocabulary of {tokenizer.vocab_size}")
-                size = len(text.encode())
+                size = tokenizer.text_bytes(text)
                 inexact += int(table[ids].sum()) != size
                 document = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(dtype)
                 file.write(document.tobytes())

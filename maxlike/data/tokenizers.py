@@ -35,6 +35,10 @@ class Tokenizer:
         """Ids of many texts at once."""
         raise UserError(f"{type(self).__name__} is not a tokenizer; bind HuggingFace, Bytes, ... instead")
 
+    def text_bytes(self, text: str) -> int:
+        """UTF-8 bytes of a document that are text: all of it, but for pictures and the like spelled in it."""
+        return len(text.encode())
+
     def decode(self, ids) -> str:
         """The text of ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         raise UserError(f"{type(self).__name__} is not a tokenizer; bind HuggingFace, Bytes, ... instead")
