@@ -34,6 +34,7 @@ class MLA(nnx.Module):
         mscale = 0.1 * mscale_all_dim * ln(factor) + 1.
         scale_correction: queries times sqrt(D / query_rank) and the normed latent times sqrt(D / kv_rank), so that
         their variance does not depend on the ranks (LongCat-Flash, arXiv 2509.01322); the shared key is not scaled.
+        Maps of latents then start with deviation 1 / sqrt(D), as if they took the whole width.
         gate: factory of an AttentionGate at "g1" or "g5", or None.
     Decoding: the cache holds [c | rotated k_rope], kv_rank + rope_dim numbers a token, and nothing else. A few new
         tokens make no keys and values from it: W_kb is applied to their queries and W_vb to the mixed latents
@@ -79,7 +80,8 @@ class MLA(nnx.Module):
         self.latent_factor = (dim / kv_rank) ** 0.5 if scale_correction else 1.0
 
         def project(inputs, input_axis, outputs, output_axes):
-            return Linear((inputs,), outputs, (input_axis,), output_axes, rngs=rngs)
+            std = dim**-0.5 if scale_correction else None
+            return Linear((inputs,), outputs, (input_axis,), output_axes, std=std, rngs=rngs)
 
         query = ((H, nope_dim + rope_dim), ("heads", "head_dim"))
         if query_rank is None:

@@ -109,12 +109,26 @@ def test_gate(position):
     np.testing.assert_allclose(aux["gate_mean"], score.mean(), rtol=1e-5)
 
 
+def test_scale_correction_starts_queries_keys_and_values_at_unit_variance():
+    x_BTD = np.random.default_rng(0).standard_normal((2, 64, 256)).astype(np.float32)
+    knobs = KNOBS | {"nope_dim": 32, "rope_dim": 32, "value_dim": 64, "latent_norm": RMSNorm, "scale_correction": True}
+
+    @jax.jit
+    def variances():
+        module = MLA(256, **knobs, query_rank=24, rngs=nnx.Rngs(params=0))
+        positions_BT = Context.of(x_BTD[..., 0]).positions_BT
+        q, (c, shared) = module._queries(x_BTD, positions_BT), module._latents(x_BTD, positions_BT)
+        return [jnp.var(z) for z in (q, shared, module.key(c), module.value(c))]
+
+    np.testing.assert_allclose(variances(), 1.0, atol=0.25)
+
+
 def test_scale_correction_keeps_the_variance_of_keys():
     x_BTD = np.random.default_rng(0).standard_normal((2, 64, 256)).astype(np.float32)
 
     def variance(rank, corrected):
         knobs = KNOBS | {"heads": 8, "nope_dim": 32, "kv_rank": rank, "latent_norm": RMSNorm}
-        # One deviation whatever the rank, as in the report; our initial weights take the rank into account.
+        # One deviation whatever the rank, as in the report; without the correction ours follows the rank.
         build = F(MLA, 256, **knobs, scale_correction=corrected)
         graph, params, _ = random_module(lambda rngs: build(rngs=rngs), std=0.02)
         params["latent_norm"]["gain"] = np.ones(rank, np.float32)
