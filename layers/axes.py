@@ -65,6 +65,21 @@ def normal(stddev: float = 0.02) -> Init:
 NORMAL = normal()
 
 
+class Keys:
+    """The keys of a tree of modules, in order of use; what `nnx.Rngs(params=key)` gives, which may stand in its place.
+
+    Its counter is a plain number: the array that flax counts with makes tracing quadratic in the number of parameters.
+    """
+
+    def __init__(self, key: jax.Array):
+        self.key, self.count = key, 0
+
+    def params(self) -> jax.Array:
+        key = jax.random.fold_in(self.key, self.count)
+        self.count += 1
+        return key
+
+
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Init = NORMAL) -> nnx.Param:
     """A float32 parameter that carries its logical axes as metadata `axes`.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers import kernels
+from layers import axes, kernels
 from layers.block import Aux
 from layers.context import Context
 
@@ -60,7 +60,7 @@ class Stack(nnx.Module):
 
         def period(key):
             keys = jax.random.split(key, len(pattern))
-            return nnx.List([block(dim, rngs=nnx.Rngs(params=k)) for block, k in zip(pattern, keys)])
+            return nnx.List([block(dim, rngs=axes.Keys(k)) for block, k in zip(pattern, keys)])
 
         self.prefix = nnx.List([block(dim, rngs=rngs) for block in prefix])
         self.periods = _name_layers(jax.vmap(period)(jax.random.split(rngs.params(), self.repeats)))

@@ -29,7 +29,6 @@ COUNTS = {
     "yi_6b": 6_061_035_520,
     "yi_9b": 8_829_407_232,
     "yi_34b": 34_388_917_248,
-    # The paper names no exact totals: these are the closed forms of its shapes, worked out by hand.
     "zebra_llama_1b": 1_285_700_736,
     "zebra_llama_3b": 3_389_592_112,
     "zebra_llama_8b": 8_379_095_296,
