@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from layers.attention import Attention
 from layers.auxiliary_router import AuxiliaryRouter
@@ -60,7 +62,7 @@ KNOBS = [
     {"groups": (4, 4), "capacity_factor": 2.0, "routing_scope": "batch"},
     {"groups": (1, 3), "routing_scope": "batch"},
     {"groups": (1, 1)},
-    {"groups": (5,), "routing_scope": 1},
+    {"groups": (5,), "routing_scope": 1, "capacity_bound": (1.0,)},
 ]
 
 
@@ -334,3 +336,28 @@ def test_published_parameter_counts(dense, depth, dim, heads, sparse):
     unit = {"M": 1e6, "B": 1e9}
     for published, experts in ((dense, 1), (sparse, 8)):
         assert rest + experts * expert == pytest.approx(float(published[:-1]) * unit[published[-1]], rel=0.06)
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"routing_scope": "batch"}, {"capacity_bound": (1.0, 1.0)}], ids=["grouped", "buffers"]
+)
+def test_sharded_experts_and_rows_equal_one_device(knobs):
+    graph, params, call = layer(groups=(4, 2), **knobs)
+    mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
+
+    def place(path, leaf):
+        names = jax.tree_util.keystr(path)
+        spec = P("expert") if "experts" in names else P(None, "expert")
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    placed = jax.tree_util.tree_map_with_path(place, params)
+    rows = NamedSharding(mesh, P("data"))
+    x, ctx = jax.device_put(X, rows), jax.tree.map(lambda leaf: jax.device_put(leaf, rows), context())
+
+    def loss(params, x, ctx):
+        return jnp.sum(jnp.square(nnx.merge(graph, params)(x, ctx)[0]))
+
+    np.testing.assert_allclose(call(placed, x, ctx)[0], call(params, X, context())[0], atol=2e-5)
+    gradient = jax.jit(jax.grad(loss))
+    got, expected = gradient(placed, x, ctx), gradient(params, jnp.asarray(X), context())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), got, expected)
