@@ -96,7 +96,12 @@ class ConfigJson:
 
     def finish(self) -> None:
         """Refuses the keys that nothing took."""
-        left = {key: value for key, value in self._values.items() if key not in self._used and value is not None}
+        bookkeeping = ("_", "transformers")
+        left = {
+            key: value
+            for key, value in self._values.items()
+            if key not in self._used and value is not None and not key.startswith(bookkeeping)
+        }
         if left:
             shown = ", ".join(f"{key} = {str(value)[:60]}" for key, value in list(left.items())[:8])
             raise Cannot(f"{self._where}: nothing here answers to {shown}: it cannot be used")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from maxlike.catalog import nearest
+from maxlike.convert.bert import Bert
 from maxlike.convert.config_json import ConfigJson, read_json
 from maxlike.convert.family import Family
 from maxlike.convert.glm import Glm, Glm4
@@ -17,7 +18,7 @@ from maxlike.convert.structure import Cannot
 from maxlike.errors import UserError
 
 # In this order an export tries them: the plainest class that expresses a network exactly is the one it is written as.
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3(), Starcoder2(), Glm(), Glm4(), Gpt2())
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3(), Starcoder2(), Glm(), Glm4(), Gpt2(), Bert())
 
 
 def named(model_type: str) -> Family:

@@ -59,7 +59,7 @@ class Gpt2(Family):
     def network(self, config: ConfigJson) -> Callable:
         config.ignore("n_ctx", "reorder_and_upcast_attn", "attn_pdrop", "embd_pdrop", "resid_pdrop")
         config.ignore(*(f"summary_{kind}" for kind in ("activation", "type", "use_proj")))
-        config.ignore("summary_first_dropout", "summary_proj_to_labels")
+        config.ignore("summary_first_dropout", "summary_proj_to_labels", "n_special", "predict_special_tokens")
         config.expect("scale_attn_weights", True)
         config.expect("scale_attn_by_inverse_layer_idx", False)
         config.expect("add_cross_attention", False)

@@ -15,7 +15,7 @@ from maxlike import checkpoint_tree
 from maxlike.convert import families, transfer
 from maxlike.convert.pretrained import COMPANIONS, Pretrained, directory
 from maxlike.convert.structure import Structure, difference, of
-from maxlike.convert.tensor_files import TensorFiles
+from maxlike.convert.tensor_files import TensorFiles, without
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.program import Program
@@ -68,6 +68,9 @@ def import_weights(experiment: Experiment, run_dir: pathlib.Path, *, source: str
             _keep(where, run)
             if experiment.config is not None:
                 run.write_text("config.gin", experiment.config.text())
+        left = sorted(set(files.leaves) - set(without(files.leaves, family.ignored)))
+        if left:
+            print(f"no part of the network, left behind: {', '.join(left[:8])}{' ...' if len(left) > 8 else ''}")
     numbers = sum(leaf.size for leaf in jax.tree.leaves(program.model.params))
     print(
         f"{numbers:,} parameters ({family.architectures[0]}) from {where} are step 0 of {run.path} "

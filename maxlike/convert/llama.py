@@ -19,6 +19,8 @@ class Llama(Family):
     tensors = (*decoder.EMBEDDINGS, *decoder.ATTENTION, *decoder.GATED_MLP, *decoder.PRE_NORMS)
 
     def network(self, config: ConfigJson) -> Callable:
+        config.expect("rope_interleaved", False)
+        config.ignore("is_llama_config")
         bias = config.take("attention_bias", False)
         mixer = decoder.attention(config, rope=decoder.rope(config), qkv_bias=bias, out_bias=bias)
         ffn = decoder.gated_mlp(config, bias=config.take("mlp_bias", False))

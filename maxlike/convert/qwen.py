@@ -62,6 +62,7 @@ def network(config: ConfigJson, attention: Callable) -> Callable:
 
 def windows(config: ConfigJson) -> list[int | None]:
     """The window of each layer: `layer_types` says which have one, else those from `max_window_layers` on."""
+    config.expect("use_mrope", False)
     depth, window = config.size("num_hidden_layers"), config.take("sliding_window", None)
     used, first = config.take("use_sliding_window", False), config.take("max_window_layers", 28)
     types = config.take("layer_types", None)

@@ -34,6 +34,10 @@ class Starcoder2(Family):
     def network(self, config: ConfigJson) -> Callable:
         config.expect("mlp_type", "default")
         config.expect("norm_type", "layer_norm")
+        config.ignore(
+            "activation_function", "multi_query", "scale_attn_weights"
+        )  # of its predecessor: nothing reads them
+        config.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
         bias, window = config.take("use_bias", True), config.take("sliding_window", None)
         rope = decoder.rope(config)
         mixer = decoder.attention(config, rope=rope, qkv_bias=bias, out_bias=bias, window=window)

@@ -15,7 +15,7 @@ from layers.stack import Stack
 from maxlike.errors import UserError
 
 # Settings that say how a result is computed or a model trained, not which function it is.
-INERT = frozenset({"Stack.remat", "Stack.scan", "Stack.repeats", "LanguageModel.padded_vocab"})
+INERT = frozenset({"Stack.remat", "Stack.scan", "Stack.repeats", "LanguageModel.padded_vocab", "Embed.gradient_scale"})
 SHOWN = 20
 
 

@@ -13,11 +13,13 @@ WEIGHT, BIAS, TABLE = Transposed(), Flat(), Same()
 class Rule:
     """A tensor's name in the file, the path or paths of our parameters in it, and its form. `{i}` stands for any layer;
     `{e}` in the name alone for each index of the parameter's first dimension. A rule whose (first) parameter is not
-    there does not apply."""
+    there does not apply. added: name of a [n, D] tensor whose first row is added to each row of this one, where only
+    the sum is a parameter here; an export writes two rows of zeros for it."""
 
     name: str
     paths: str | tuple[str, ...]
     form: Form = WEIGHT
+    added: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +45,12 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of the file."""
+    """One tensor of the file; `added` as for Rule."""
 
     name: str
     slots: tuple[Slot, ...]
     form: Form
+    added: str = ""
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -82,7 +85,8 @@ def expand(rules: tuple[Rule, ...], net: Structure) -> dict[str, Tensor]:
             indices = [(e,) for e in range(parameters[0].shape[0])] if "{e}" in rule.name else [()]
             for index in indices:
                 name = rule.name.format(**layer, **({"e": index[0]} if index else {}))
-                tensors[name] = Tensor(name, tuple(Slot(parameter, index) for parameter in parameters), rule.form)
+                slots = tuple(Slot(parameter, index) for parameter in parameters)
+                tensors[name] = Tensor(name, slots, rule.form, rule.added)
     left = [path for path, parameter in net.parameters.items() if path not in named and not parameter.buffer]
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""

@@ -26,11 +26,13 @@ def load(files: TensorFiles, family: Family, net: Structure, abstract: dict[str,
     needs, so beside the model itself one piece and one tensor are in memory. Rows of a padded vocabulary are zero.
     Raises UserError with a table where tensors are missing, left over or of another shape.
     """
-    tensors = {_name(files, family, name): tensor for name, tensor in expand(family.tensors, net).items()}
+    tensors = {}
+    for name, tensor in expand(family.tensors, net).items():
+        name, added = _name(files, family, name), _name(files, family, tensor.added)
+        tensors[name] = dataclasses.replace(tensor, name=name, added=added)
     _check(files, family, tensors)
     places: dict[str, dict[tuple[int, ...], Place]] = {}
-    for name, tensor in tensors.items():
-        tensor = dataclasses.replace(tensor, name=name)
+    for tensor in tensors.values():
         for part, slot in enumerate(tensor.slots):
             places.setdefault(slot.parameter.leaf, {})[slot.place] = (tensor, part)
     return {leaf: _place(files, abstract[leaf], held) for leaf, held in places.items()}
@@ -40,12 +42,16 @@ def store(family: Family, net: Structure, flat: dict[str, jax.Array], **knobs: A
     """Writes the arrays {leaf: array} of a model under the family's names; returns the names of the files.
     knobs: those of `tensor_files.write`: directory, dtype, shard_bytes."""
     tensors = expand(family.tensors, net)
+    added = {made.added: (2, made.shape[-1]) for made in tensors.values() if made.added}
 
     def tensor(name: str) -> np.ndarray:
+        if name in added:
+            return np.zeros(added[name], np.float32)
         made = tensors[name]
         return made.form.store(tuple(_slice(flat[slot.parameter.leaf], slot) for slot in made.slots))
 
-    return tensor_files.write(shapes={name: made.shape for name, made in tensors.items()}, tensor=tensor, **knobs)
+    shapes = {name: made.shape for name, made in tensors.items()} | added
+    return tensor_files.write(shapes=shapes, tensor=tensor, **knobs)
 
 
 _at = jax.jit(lambda leaf, place: leaf[place])  # the place is traced: one program for all layers of a stack
@@ -63,6 +69,8 @@ def _place(files: TensorFiles, abstract: Any, held: dict[tuple[int, ...], Place]
     def read(place: tuple[int, ...], out: np.ndarray, spans: list[range]) -> None:
         tensor, part = held[place]
         array = tensor.form.load(files.read(tensor.name), tensor.shapes)[part]
+        if tensor.added:
+            array = array + files.read(tensor.added)[0]
         wanted = array[tuple(slice(span.start, span.stop) for span in spans)]
         out[tuple(slice(n) for n in wanted.shape)] = wanted  # what is left of `out` is padding of the vocabulary
 
@@ -96,6 +104,10 @@ def _check(files: TensorFiles, family: Family, tensors: dict[str, Tensor]) -> No
     wanted = {
         name: Leaf(tensor.shape, there[name].dtype if name in there else "float") for name, tensor in tensors.items()
     }
+    for tensor in filter(lambda tensor: tensor.added, tensors.values()):
+        rows = there[tensor.added].shape[0] if tensor.added in there and there[tensor.added].shape else 2
+        dtype = there[tensor.added].dtype if tensor.added in there else "float"
+        wanted[tensor.added] = Leaf((rows, tensor.shape[-1]), dtype)
     table = checkpoint_tree.difference(there, wanted)
     if table:
         table = table.replace("in the checkpoint", "in the files     ").replace("in this run", "expected")

