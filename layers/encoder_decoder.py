@@ -96,7 +96,9 @@ class EncoderDecoder(nnx.Module):
 
     def init_cache(self, source: Source, length: int, dtype: jnp.dtype) -> dict[str, Any]:
         """The cache of targets of at most `length` tokens. Runs the encoder and makes the keys and values that the
-        decoder has of the source, once for all steps."""
+        decoder has of the source, once for all steps. Refuses to decode from no source."""
+        if not isinstance(source, Source):
+            raise ValueError("EncoderDecoder decodes from a source and got none: use EncoderDecoder.given(source)")
         memory_BSD, _ = self.encode(source)
         segments_BS = source.segments_BS
         real_BS = jnp.ones(source.tokens_BS.shape, bool) if segments_BS is None else segments_BS > 0

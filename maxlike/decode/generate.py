@@ -44,8 +44,9 @@ class Generator:
     Prompts are sorted into buckets of 32, 64, 128, ... tokens, room for the continuation and the number of rows are
     rounded up likewise, and each combination compiles once (`programs`). Parameters may lie on any mesh, on one host or
     several (then every host makes the same calls); the results are replicated.
-    Refuses prompts that do not fit, a prompt without tokens where the tokenizer has no token to begin with, a tokenizer
-    with more ids than the model, and a max_length beyond its learned positions.
+    Refuses a model that cannot continue a text (an encoder), prompts that do not fit, a prompt without tokens where the
+    tokenizer has no token to begin with, a tokenizer with more ids than the model, and a max_length beyond its learned
+    positions.
     """
 
     def __init__(
@@ -167,6 +168,10 @@ class Generator:
 
     def _check(self, states: tuple[dict, dict]) -> None:
         model = nnx.merge(self.graph, *states)
+        try:
+            jax.eval_shape(lambda: model.init_cache(1, 2, self.cache_dtype))
+        except ValueError as refusal:
+            raise UserError(f"this model cannot continue a text: {refusal}") from refusal
         if self.tokenizer.vocab_size > model.vocab:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} ids and the model {model.vocab}: "

@@ -41,8 +41,8 @@ class Letters(Bytes):
         return "".join(chr(64 + int(i)) for i in ids if i != self.eos_id)
 
 
-def network(rngs, vocab: int = 64, positions: int = 0):
-    block = F(Block, mixer=F(Attention, heads=2, rope=RoPE), ffn=F(GatedMLP, width=24), norm=RMSNorm)
+def network(rngs, vocab: int = 64, positions: int = 0, causal: bool = True):
+    block = F(Block, mixer=F(Attention, heads=2, rope=RoPE, causal=causal), ffn=F(GatedMLP, width=24), norm=RMSNorm)
     stack = F(Stack, pattern=(block,), depth=1)
     return LanguageModel(vocab=vocab, dim=16, stack=stack, norm=RMSNorm, embed=F(Embed, positions=positions), rngs=rngs)
 
@@ -148,6 +148,9 @@ def test_refusals(generator, params, model):
     short = jax.tree.map(jnp.asarray, short)
     with pytest.raises(UserError, match="100 learned positions"):
         Generator(graph, Letters(), max_length=128)(short, ["A"], max_new=4)
+    encoder, state, _ = random_module(F(network, causal=False))
+    with pytest.raises(UserError, match=r"cannot continue a text: Attention.causal=False"):
+        Generator(encoder, Letters(), max_length=128)(jax.tree.map(jnp.asarray, state), ["A"], max_new=4)
 
 
 def test_the_longest_bucket_is_the_limit_and_all_may_be_bfloat16():

@@ -12,7 +12,7 @@ from layers.attention import Attention
 from layers.block import Block
 from layers.context import Context
 from layers.mlp import GatedMLP
-from layers.norm import Identity, RMSNorm
+from layers.norm import Identity, LayerNorm, RMSNorm
 from tests.reference.random import random_module
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 16))
@@ -91,6 +91,25 @@ def test_refusals():
         build(skip_scale=2.0)
     with pytest.raises(ValueError, match=r"Block.skip_scale=-1.0"):
         build(order="deepnorm", skip_scale=-1.0)
+
+
+def test_a_deep_stack_of_deepnorm_starts_near_its_residual():
+    """GLM-130B's init at 64 layers: Xavier, its gain beta = (2 depth)^-0.5 on values, outputs and the feed-forward."""
+    depth, dim, width = 64, 64, 192
+    alpha, beta = (2 * depth) ** 0.5, (2 * depth) ** -0.5
+    mixer = functools.partial(Attention, heads=4, branch_gain=beta)
+    ffn = functools.partial(GatedMLP, width=width, activation="gelu", std=beta * (2 / (dim + width)) ** 0.5)
+    make = functools.partial(Block, dim, mixer=mixer, ffn=ffn, norm=LayerNorm, order="deepnorm", skip_scale=alpha)
+    block = make(rngs=nnx.Rngs(params=0))
+    plain = Attention(dim, heads=4, rngs=nnx.Rngs(params=0))
+    for name, gain in (("query", 1.0), ("key", 1.0), ("value", beta), ("out", beta)):
+        ratio = getattr(block.mixer, name).kernel[...] / getattr(plain, name).kernel[...]
+        np.testing.assert_allclose(ratio, gain, rtol=1e-5)
+    x = jax.random.normal(jax.random.key(0), (2, 16, dim))
+    h = block.mixer_norm(x)
+    assert jnp.linalg.norm(block.mixer(h, Context.of(x[..., 0]))[0]) < 0.1 * alpha * jnp.linalg.norm(h)
+    h = block.ffn_norm(x)
+    assert jnp.linalg.norm(block.ffn(h, CTX)[0]) < 0.1 * alpha * jnp.linalg.norm(h)
 
 
 class Blind(nnx.Module):

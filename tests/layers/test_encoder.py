@@ -97,19 +97,32 @@ def our_params(weights: dict[str, np.ndarray]) -> dict:
     }
 
 
-def test_logits_are_those_of_transformers():
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    config = transformers.ModernBertConfig(
-        vocab_size=VOCAB, hidden_size=D, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=H,
-        global_attn_every_n_layers=3, local_attention=8, pad_token_id=0, attn_implementation="eager",
-    )  # fmt: skip
-    model = transformers.ModernBertForMaskedLM(config).eval()
+def random_weights(torch, model):
     torch.manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(torch.randn_like(weight) * 0.2 + (1.0 if "norm" in name else 0.0))
-    params = our_params({name: weight.detach().numpy() for name, weight in model.state_dict().items()})
-    graph, state = jax.eval_shape(lambda: nnx.split(encoder(nnx.Rngs(params=0), **TINY)))
+    return model.eval()
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
+def test_logits_are_those_of_transformers(causal):
+    """The pair of Ettin. The decoder's windows count the token itself there, the encoder's do not."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    name = "ModernBertDecoder" if causal else "ModernBert"
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=VOCAB, hidden_size=D, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=H,
+        global_attn_every_n_layers=3, local_attention=10 if causal else 8, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, cls_token_id=1, sep_token_id=2, attn_implementation="eager",
+    )  # fmt: skip
+    model = random_weights(torch, getattr(transformers, f"{name}For{'CausalLM' if causal else 'MaskedLM'}")(config))
+    weights = {name.replace("lm_head", "head"): w.detach().numpy() for name, w in model.state_dict().items()}
+    if causal:  # q, k and v apart
+        for i in range(LAYERS):
+            at = f"model.layers.{i}.attn"
+            weights[f"{at}.Wqkv.weight"] = np.concatenate([weights.pop(f"{at}.{x}_proj.weight") for x in "qkv"])
+    params = our_params(weights)
+    graph, state = jax.eval_shape(lambda: nnx.split(encoder(nnx.Rngs(params=0), causal=causal, **TINY)))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
     tokens = np.random.default_rng(0).integers(1, VOCAB, (2, T))
 

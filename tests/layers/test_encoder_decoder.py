@@ -58,7 +58,7 @@ def weights_of(model) -> dict[str, np.ndarray]:
     torch.manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(torch.randn_like(weight) * 0.3 + (1.0 if "layer_norm" in name else 0.0))
+            weight.copy_(torch.randn_like(weight) * 0.25 + (1.0 if "layer_norm" in name else 0.0))
     return {name: weight.detach().numpy() for name, weight in model.state_dict().items()}
 
 
@@ -212,5 +212,7 @@ def test_refusals():
         build()(tokens, Context.of(tokens))
     with pytest.raises(ValueError, match="does not fit the 2 rows"):
         build().given(Source.of(jnp.asarray(SOURCES))).init_cache(3, 4, jnp.float32)
+    with pytest.raises(ValueError, match=r"EncoderDecoder.given\(source\)"):
+        build().init_cache(2, 4, jnp.float32)
     with pytest.raises(ValueError, match=r"EncoderDecoder.vocab=0"):
         EncoderDecoder(vocab=0, dim=D, encoder=F(Stack), decoder=F(Stack), norm=RMSNorm, rngs=nnx.Rngs(params=0))
