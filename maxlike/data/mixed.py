@@ -1,7 +1,7 @@
 """Documents of text and pictures: how a picture is spelled in a text, and the tokenizer that reads it.
 
 In a document's text a picture is BEGIN, the first 8 hexadecimal digits of the fingerprint of the image tokenizer that
-made it, a character for each id, END; the characters are Unicode's private ones of plane 16. So a document stays a text:
+made it, a character for each id, END; the characters are Unicode's private ones of plane 16. So a document stays text:
 every source, the token layer and the mixture take it as any other, and a picture whose ids mean something else than the
 model's is refused wherever it comes from.
 """
