@@ -141,7 +141,7 @@ class Mamba2(nnx.Module):
         projections = sum(part.flops_per_token() for part in (self.z, self.x, self.B, self.C, self.dt, self.out))
         convolutions = sum(conv.flops_per_token() for conv in (self.x_conv, self.B_conv, self.C_conv))
         N, P = self.B_conv.channels[1], self.x_conv.channels[1]
-        states = flops_per_token(length, heads=self.heads, state=N, value=P, chunk=self.chunk)
+        states = flops_per_token(length, heads=self.heads, state=N, value=P)
         return projections + convolutions + states
 
 
