@@ -92,6 +92,9 @@ class ExpertChoice(nnx.Module):
         }
         return {name: jax.lax.stop_gradient(value) for name, value in aux.items()}
 
+    def idle_parameters(self) -> float:
+        return self.experts.idle_parameters(self.capacity_factor)
+
     def flops_per_token(self, length: int) -> float:
         shared = 0.0 if self.shared is None else self.shared.flops_per_token(length)
         visited = self._capacity(length) * self.experts.count / length

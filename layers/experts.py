@@ -63,3 +63,7 @@ class Experts(nnx.Module):
     def flops_per_row(self) -> float:
         """Matrix products of one row through one expert: two FLOPs a multiply-add."""
         return 6.0 * self.dim * self.width
+
+    def idle_parameters(self, visited: float) -> float:
+        """Parameters of the experts that a token does not visit, where it visits `visited` of them on average."""
+        return (1.0 - visited / self.count) * (self.gate.size + self.up.size + self.down.size)

@@ -119,6 +119,9 @@ class MoE(nnx.Module):
         gate = 0.0 if self.shared_gate is None else 2.0 * self.experts.dim
         return self.router.flops_per_token + zero + shared + gate
 
+    def idle_parameters(self) -> float:
+        return self.experts.idle_parameters(self.router.expected)
+
     def flops_per_token(self, length: int) -> float:
         """Active FLOPs: the experts that a token visits, not those that there are; with zero experts the expected
         number of the former."""

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from layers import kernels
+from layers.active import active_parameters
 from maxlike.config import Configuration
 from maxlike.console import Console, Start, cache_words, duration, quantity
 from maxlike.data.data import Batches
@@ -69,7 +70,7 @@ class Log:
         shares = {name: row["asked"] for name, row in batches.accounting(experiment.steps).items()}
         start = Start(
             parameters=parameters,
-            active=parameters,
+            active=round(active_parameters(model)),
             flops_per_token=self._flops,
             mesh=dict(program.layout.mesh.shape),
             batch_tokens=experiment.clock.tokens_per_step,
