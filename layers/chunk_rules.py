@@ -159,6 +159,8 @@ def unit_lower_inverse(a: jax.Array) -> jax.Array:
     would cancel catastrophically where keys repeat.
     """
     C = a.shape[-1]
+    if C == 1:  # decoding token by token
+        return jnp.ones_like(a)
     size = max(8, 1 << (C - 1).bit_length())
     a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, size - C)] * 2)
     block = _diagonal(a, 8)

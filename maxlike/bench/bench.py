@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal
 
-from maxlike.bench import data, decode, loop, moe, record, start, torch_llama, train, whole
+from maxlike.bench import data, decode, loop, moe, record, recurrence, start, torch_llama, train, whole
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 
@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, Callable[[Experiment, int, int], record.Result]] = {
     "whole": whole.measure,
     "decode": decode.measure,
     "moe": moe.measure,
+    "recurrence": recurrence.measure,
 }
 
 
@@ -24,7 +25,9 @@ def bench(
     experiment: Experiment,
     run_dir: pathlib.Path | None = None,
     *,
-    name: Literal["all", "torch_llama", "loop", "start", "data", "train", "whole", "decode", "moe"] = "all",
+    name: Literal[
+        "all", "torch_llama", "loop", "start", "data", "train", "whole", "decode", "moe", "recurrence"
+    ] = "all",
     repeats: int = 5,
     steps: int = 20,
     out: str = "benchmarks",
@@ -34,7 +37,8 @@ def bench(
     name: torch_llama (a small Llama against PyTorch), loop (what the training loop adds to the compiled step), start
     (command to first step), data (building layers, reading batches), train (tokens/s and MFU of the experiment), whole
     (the experiment from command to report), decode (a decoding step against the reads of its weights), moe (a mixture
-    of experts against a dense model of the same active FLOPs), or all of them.
+    of experts against a dense model of the same active FLOPs), recurrence (linear mixers against softmax attention, by
+    length), or all of them.
     repeats: processes or passes of each. steps: timed steps in each. out: folder of the records.
     """
     if repeats < 1 or steps < 3:

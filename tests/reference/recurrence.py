@@ -1,5 +1,7 @@
 """The linear recurrences, token by token, as the papers write them."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -29,3 +31,25 @@ def recurrence(q, k, v, *, log_decay=None, beta=None, initial=None, segments=Non
                         S[b, h] = old + beta[b, t, h] * np.outer(k[b, t, h], v[b, t, h] - k[b, t, h] @ old)
                 y[b, t, h] = q[b, t, h] @ S[b, h]
     return y, S
+
+
+def differentiable(q, k, v, *, log_decay=None, beta=None, initial=None):
+    """The same by jax, token by token in the dtype of its inputs, for gradients; (y, last state)."""
+    B, T, H = v.shape[:3]
+    N = k.shape[-1]
+    q, k = (jnp.repeat(z, H // z.shape[2], 2) for z in (q, k))
+    decay = jnp.zeros(H) if log_decay is None else log_decay
+    decay = jnp.exp(jnp.broadcast_to(decay if decay.ndim == 4 else decay[..., None], (B, T, H, N)))
+    beta = None if beta is None else jnp.moveaxis(beta, 1, 0)
+
+    def token(S, x):
+        q, k, v, decay, beta = x
+        S = decay[..., None] * S
+        if beta is not None:
+            v = beta[..., None] * (v - jnp.einsum("bhn,bhnk->bhk", k, S))
+        S = S + k[..., None] * v[..., None, :]
+        return S, jnp.einsum("bhn,bhnk->bhk", q, S)
+
+    xs = (*(jnp.moveaxis(z, 1, 0) for z in (q, k, v, decay)), beta)
+    S, y = jax.lax.scan(token, initial, xs)
+    return jnp.moveaxis(y, 0, 1), S
