@@ -13,7 +13,6 @@ from layers import axes, selection
 from layers.auxiliary_router import agreement, router_product
 from layers.context import Context
 from layers.experts import Experts
-from layers.grouped_matmul import take_rows
 
 
 @dataclasses.dataclass
@@ -42,7 +41,7 @@ class ExpertGroup(nnx.Module):
         count: int,
         width: int,
         capacity_factor: float,
-        capacity_bound: float | None,
+        capacity_bound: float,
         auxiliary: Callable | None,
         rngs: nnx.Rngs,
     ):
@@ -67,12 +66,13 @@ class ExpertGroup(nnx.Module):
             logits_SNE = logits_SNE + jax.random.logistic(noise, logits_SNE.shape)
         scores_SEN = jnp.where(member_SN[:, None], jnp.swapaxes(logits_SNE, 1, 2), -jnp.inf)
         wanted_S = selection.share(jnp.sum(member_SN, 1), self.share)
-        slots = min(N, math.ceil((1.0 if self.bound is None else self.bound) * self.share * N))
+        slots = min(N, math.ceil(self.bound * self.share * N))
         index_SEC, taken_SEC = selection.best(scores_SEN, jnp.broadcast_to(wanted_S[:, None], (S, self.count)), slots)
         row_S11 = jnp.arange(S)[:, None, None]
         # Empty slots hold zeros: whatever lies in tokens that nobody chose must not reach a gradient.
         x_SECD = jnp.where(taken_SEC[..., None], x_SND[row_S11, index_SEC], 0)
-        y_SECD = self._run(x_SECD, taken_SEC)
+        y_ECD = self.experts(jnp.reshape(jnp.swapaxes(x_SECD, 0, 1), (self.count, -1, D)))
+        y_SECD = jnp.swapaxes(jnp.reshape(y_ECD, (self.count, S, slots, D)), 0, 1)
         gate_SEC = jnp.take_along_axis(jnp.swapaxes(self._gate(logits_SNE), 1, 2), index_SEC, axis=2)
         weight_SEC = jnp.where(taken_SEC, gate_SEC, 0.0)
         y_SND = jnp.zeros((S, N, D), jnp.float32).at[row_S11, index_SEC].add(weight_SEC[..., None] * y_SECD)
@@ -84,22 +84,6 @@ class ExpertGroup(nnx.Module):
             told = agreement(foretold_SEN, chosen_SEN, jnp.broadcast_to(member_SN[:, None], chosen_SEN.shape))
         load_E = jnp.sum(taken_SEC, (0, 2))
         return Routed(y_SND, jnp.sum(chosen_SEN, 1), load_E, self.count * jnp.sum(wanted_S), told)
-
-    def _run(self, x_SECD: jax.Array, taken_SEC: jax.Array) -> jax.Array:
-        """The experts on their tokens, all places alike where they are bounded, else only those that are taken."""
-        S, E, C, D = x_SECD.shape
-        x_MD = jnp.reshape(jnp.swapaxes(x_SECD, 0, 1), (E * S * C, D))
-        if self.bound is not None:
-            y_MD = jnp.reshape(self.experts(jnp.reshape(x_MD, (E, S * C, D))), (E * S * C, D))
-        else:
-            # Taken places move to the front, in order of expert; what lies behind them costs nothing or little.
-            taken_ESC = jnp.swapaxes(taken_SEC, 0, 1)
-            order_M = jnp.argsort(~jnp.reshape(taken_ESC, -1), stable=True)
-            place_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(E * S * C), unique_indices=True)
-            sizes_E = jnp.sum(taken_ESC, (1, 2), dtype=jnp.int32)
-            sorted_MD = self.experts.grouped(take_rows(x_MD, order_M, place_M[:, None]), sizes_E)
-            y_MD = take_rows(sorted_MD, place_M, order_M[:, None])
-        return jnp.swapaxes(jnp.reshape(y_MD, (E, S, C, D)), 0, 1)
 
     def by_auxiliary(self, x_SND: jax.Array, member_SN: jax.Array) -> Routed:
         """Each token goes to the experts whose auxiliary router fires, which may be none or all of them: every expert
@@ -132,9 +116,10 @@ class ModalityMoE(nnx.Module):
         width F >= 1 of every expert.
         capacity_factor in (0, E]: how many experts a token gets on average.
         capacity_bound: for each group the largest share of a scope's tokens that its modality is given room for, in
-            (0, 1]: static buffers that stay on their device, all of whose places are computed. Choices beyond them are
-            dropped, lowest scores first, and counted in the metric "dropped". None drops nothing and computes what is
-            chosen by grouped matrix products; under a mesh these bring all rows together, so set bounds there.
+            (0, 1]; choices beyond it are dropped, lowest scores first, and counted in the metric "dropped". All room is
+            computed, so None, room for every token in every group, drops nothing and costs as many feed-forwards as
+            there are groups (measured on CPU with 4 + 4 experts: 1.8 of the dense one, and 1.06 with (0.65, 0.4) for
+            a mix of 5 to 3).
         routing_scope: among which tokens experts choose: "sequence", each row by itself; n >= 1, n neighbouring rows;
             "batch", all rows (of a micro-batch, where Step.micro_batches cuts the batch).
         router_noise: "gumbel_sigmoid" adds the difference of two Gumbel draws to the logits in training, in ranking and
@@ -164,7 +149,7 @@ class ModalityMoE(nnx.Module):
         evaluation: Literal["top_k", "auxiliary"] = "top_k",
         rngs: nnx.Rngs,
     ):
-        bounds = (None,) * len(groups) if capacity_bound is None else tuple(capacity_bound)
+        bounds = (1.0,) * len(groups) if capacity_bound is None else tuple(capacity_bound)
         routed = [count for count in groups if count > 1]
         _check(groups, capacity_factor, bounds, routing_scope, router_noise)
         if evaluation not in ("top_k", "auxiliary"):
@@ -238,11 +223,6 @@ class ModalityMoE(nnx.Module):
         y_BTD = jnp.reshape(sum(result.y_SND for result in results), (B, T, D)).astype(x_BTD.dtype)
         return axes.constrain(y_BTD, "batch", "length", "act_embed"), _metrics(results, members)
 
-    def idle_parameters(self) -> float:
-        """Of all groups; modalities counted alike: a token has a group of its own with probability 1 / groups."""
-        share = self.factor / len(self.groups)
-        return sum(group.experts.idle_parameters(share) for group in self.groups)
-
     def flops_per_token(self, length: int) -> float:
         """The experts that tokens get on average (modalities counted alike, should their capacities differ), and every
         router; not the room that capacity_bound leaves empty."""
@@ -261,7 +241,7 @@ def _check(groups, capacity_factor, bounds, routing_scope, router_noise) -> None
             f"ModalityMoE.capacity_factor={capacity_factor} must be above 0 and at most {most}, the experts of the "
             "smallest group that chooses (1.0 where every group has one expert)"
         )
-    if len(bounds) != len(groups) or not all(bound is None or 0 < bound <= 1 for bound in bounds):
+    if len(bounds) != len(groups) or not all(0 < bound <= 1 for bound in bounds):
         raise ValueError(
             f"ModalityMoE.capacity_bound={bounds} needs a share in (0, 1] for each of the {len(groups)} groups, or None"
         )
