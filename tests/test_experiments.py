@@ -52,6 +52,17 @@ OVERLAYS = {name: ["cpu"] for name in ("families/moma", "image_tokenizer")}  # d
 # One of each kind of published network trains; the others of its kind differ in numbers alone.
 BLOCK = ["dim = 16", "depth = 2", "heads = 4", "kv_heads = 2", "width = 32", "schedules.Cosine.warmup = 1"]
 TINY |= {f"published/{name}": BLOCK for name in ("qwen2_5_0_5b", "starcoder2_3b", "glm4_9b")}
+TINY["published/ettin_17m"] = [
+    "dim = 16",
+    "depth_behind_first = 3",
+    "heads = 4",
+    "width = 32",
+    "local/attention.Attention.window = 5",
+    "schedules.Cosine.warmup = 1",
+    "schedules.Cosine.lr = 0.01",
+    "masked_tokens.MaskedTokens.mask_id = 2047",
+    "masked_tokens.MaskedTokens.special_ids = ()",
+]
 CONTINUED = {"families/moma_routers"}  # it begins with a finished run
 TRAINED = [
     name
