@@ -66,4 +66,4 @@ class Experts(nnx.Module):
 
     def idle_parameters(self, visited: float) -> float:
         """Parameters of the experts that a token does not visit, where it visits `visited` of them on average."""
-        return (1.0 - visited / self.count) * (self.gate.size + self.up.size + self.down.size)
+        return (self.gate.size + self.up.size + self.down.size) * (self.count - visited) / self.count

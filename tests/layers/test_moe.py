@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from layers.active import active_parameters
+from layers.attention import Attention
 from layers.balance import BudgetBias, LoadBalance, SignBias
+from layers.block import Block
 from layers.context import Context
 from layers.dispatch import Capacity
 from layers.experts import Experts
 from layers.mlp import GatedMLP
 from layers.moe import MoE
+from layers.norm import RMSNorm
 from layers.routers import GroupLimit, TopK
+from layers.stack import Stack
 from layers.zero_experts import ZeroExperts
 from tests.reference import moe as reference
 from tests.reference.random import random_module
@@ -218,6 +223,14 @@ def test_flops_are_of_the_experts_that_a_token_visits():
     zero = F(ZeroExperts, identity=2)
     moe = MoE(D, router=budget, experts=EXPERTS, zero_experts=zero, rngs=nnx.Rngs(params=0))
     assert moe.flops_per_token(9) == 2 * D * (E + 2) + 2.5 * 6 * D * WIDTH
+
+
+def test_active_parameters_leave_out_the_experts_that_a_token_does_not_visit():
+    build = F(MoE, router=F(TopK, top_k=2), experts=EXPERTS, shared=F(GatedMLP, width=4))
+    block = F(Block, mixer=F(Attention, heads=1), ffn=build, norm=RMSNorm)
+    stack = jax.eval_shape(lambda: Stack(D, pattern=(block,), depth=3, rngs=nnx.Rngs(params=0)))
+    stored = sum(leaf.size for leaf in jax.tree.leaves(stack))
+    assert active_parameters(stack) == stored - 3 * (E - 2) * 3 * D * WIDTH
 
 
 @pytest.mark.parametrize(
