@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from layers.block import Block
 from layers.context import Context
 from layers.delta_net import DeltaNet
+from layers.embed import Embed
 from layers.gated_linear_attention import GatedLinearAttention
-from layers.linear_attention import LightningAttention, alibi_slopes
+from layers.language_model import LanguageModel
+from layers.linear_attention import LightningAttention, SimpleRMSNorm, alibi_slopes
 from layers.lrpe import LRPE
+from layers.mlp import GatedMLP
 from layers.retention import Retention
 from layers.rope import RoPE
+from layers.stack import Stack
 from tests.reference import recurrence as naive
 from tests.reference.random import random_module
 
@@ -133,6 +138,31 @@ def test_delta_net_is_the_paper():
     o, _ = naive.recurrence(q * (D // H) ** -0.5, k, v, beta=beta)
     expected = out(rms(o, p["norm"]["gain"]), p)
     np.testing.assert_allclose(mixer(x_BTD, ctx)[0], expected, atol=3e-5 * np.abs(expected).max())
+
+
+def test_a_network_of_them_decodes_as_it_trains():
+    # TransNormerLLM: LRPE in the first layer alone, decays weaker with depth, SGLU, SimpleRMSNorm, scaled embedding.
+    mixer = functools.partial(LightningAttention, heads=H, layers=3, chunk=8)
+    ffn = functools.partial(GatedMLP, width=24, activation="identity")
+    block = functools.partial(Block, ffn=ffn, norm=SimpleRMSNorm)
+    stack = functools.partial(
+        Stack,
+        prefix=(functools.partial(block, mixer=functools.partial(mixer, lrpe=LRPE)),),
+        pattern=(functools.partial(block, mixer=mixer),),
+        depth=2,
+        scan=True,
+        remat="full",
+    )
+    embed = functools.partial(Embed, scale=D**0.5)
+    model = LanguageModel(vocab=11, dim=D, stack=stack, norm=SimpleRMSNorm, embed=embed, rngs=nnx.Rngs(params=0))
+    tokens_BT = np.random.default_rng(0).integers(0, 11, (B, T)).astype(np.int32)
+    whole = model(tokens_BT, Context.of(tokens_BT)).hidden_BTD
+    cache, parts = model.init_cache(B, T, jnp.float32), []
+    for begin, end in ((0, 13), (13, 14), (14, T)):
+        hidden_BTD, cache = model.extend(tokens_BT[:, begin:end], cache)
+        parts.append(hidden_BTD)
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=2e-5)
+    assert sum(leaf.size for leaf in jax.tree.leaves(cache["stack"])) == B * (2 + 1 + 1) * D * D // H
 
 
 def test_the_cache_does_not_grow():
