@@ -37,7 +37,7 @@ class Starcoder2(Family):
         config.ignore(
             "activation_function", "multi_query", "scale_attn_weights"
         )  # of its predecessor: nothing reads them
-        config.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
+        config.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "layer_norm_epsilon")
         bias, window = config.take("use_bias", True), config.take("sliding_window", None)
         rope = decoder.rope(config)
         mixer = decoder.attention(config, rope=rope, qkv_bias=bias, out_bias=bias, window=window)
