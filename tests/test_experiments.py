@@ -46,6 +46,9 @@ TINY["families/mamba_hybrid"] = [
     "mla.MLA.rope_dim = 4",
     "mla.MLA.value_dim = 4",
 ]
+TINY["families/transformer"] = ["dim = 16", "depth = 2", "heads = 2", "width = 32"]
+TINY["families/moe"] = ["dim = 16", "depth = 2", "heads = 2", "width = 32", "expert_width = 16"]
+TINY["families/linear_attention"] = ["dim = 16", "depth = 2", "layers = 3", "heads = 2", "width = 32"]
 TINY["families/moma"] = ["vocab = 3050", "dim = 16", "depth = 2", "heads = 2", "width = 32"]
 TINY["image_tokenizer"] = ["width = 16"]
 OVERLAYS = {name: ["cpu"] for name in ("families/moma", "image_tokenizer")}  # data of their own
@@ -54,10 +57,10 @@ BLOCK = ["dim = 16", "depth = 2", "heads = 4", "kv_heads = 2", "width = 32", "sc
 TINY |= {f"published/{name}": BLOCK for name in ("qwen2_5_0_5b", "starcoder2_3b", "glm4_9b")}
 TINY["published/ettin_17m"] = [
     "dim = 16",
-    "depth_behind_first = 3",
+    "depth = 3",
     "heads = 4",
     "width = 32",
-    "local/attention.Attention.window = 5",
+    "near/attention.Attention.window = 5",
     "schedules.Cosine.warmup = 1",
     "schedules.Cosine.lr = 0.01",
     "masked_tokens.MaskedTokens.mask_id = 2047",
