@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers import axes, selection
+from layers.active import active_parameters
 from layers.attention import Attention
 from layers.auxiliary_router import agreement, router_product
 from layers.block import Aux, Block
@@ -168,3 +169,8 @@ class MixtureOfDepths(nnx.Module):
     def flops_per_token(self, length: int) -> float:
         """The block's share of the tokens, each among the kept ones alone, and the router."""
         return self.capacity * self.block.flops_per_token(max(1, int(self.capacity * length))) + 2.0 * self.dim
+
+    def idle_parameters(self) -> float:
+        """Those of the block that a token does not use, on average over kept and other tokens."""
+        variables = jax.tree.leaves(self.block, is_leaf=lambda part: isinstance(part, nnx.Variable))
+        return sum(variable.size for variable in variables) - self.capacity * active_parameters(self.block)

@@ -228,6 +228,10 @@ class ModalityMoE(nnx.Module):
         router; not the room that capacity_bound leaves empty."""
         return self.factor * self.groups[0].experts.flops_per_row + self.router_flops
 
+    def idle_parameters(self) -> float:
+        """Those of the experts that a token does not get, on average and modalities counted alike."""
+        return sum(g.experts.idle_parameters(g.share * g.count / len(self.groups)) for g in self.groups)
+
 
 def _check(groups, capacity_factor, bounds, routing_scope, router_noise) -> None:
     if not groups or min(groups) < 1:

@@ -20,7 +20,8 @@ class AuxiliaryRouters:
     The choices are those of training, made without noise. Only auxiliary routers get a gradient; the optimizer `Only`
     keeps weight decay off all else, and `Upcycle` begins with the parameters of a run that had none of them.
 
-    Reads of the batch [B, T]: inputs (int32), segment_ids, positions (int32); an evaluation also what `next_token` reads.
+    Reads of the batch [B, T]: inputs (int32), segment_ids, positions (int32); an evaluation also what
+    `next_token` reads.
 
     next_token: objective that an evaluation reports too; None for NextToken().
 

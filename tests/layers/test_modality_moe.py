@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from layers.active import active_parameters
 from layers.attention import Attention
 from layers.auxiliary_router import AuxiliaryRouter
 from layers.block import Block
@@ -323,16 +324,22 @@ def test_published_parameter_counts(dense, depth, dim, heads, sparse):
         head = functools.partial(Head, tied=False)
         return LanguageModel(vocab=65536, dim=dim, stack=stack, norm=RMSNorm, head=head, rngs=nnx.Rngs(params=0))
 
-    def count(ffn):
-        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: nnx.split(model(ffn))[1])))
+    def count(ffn, of=lambda network: sum(leaf.size for leaf in jax.tree.leaves(network))):
+        return of(jax.eval_shape(lambda: model(ffn)))
 
     extra = depth * (2 * dim) + dim + (depth // 2 * dim if deep else 0)  # norms, and routers over depth
     rest, expert = 2 * 65536 * dim + 4 * dim * dim * depth, 3 * dim * width * depth
-    assert count(functools.partial(GatedMLP, width=width)) == rest + expert + extra
+    whole = count(functools.partial(GatedMLP, width=width))
+    assert whole == rest + expert + extra
     for groups in ((8,), (4, 4)):
         assert count(functools.partial(ModalityMoE, groups=groups, width=width)) == (
             rest + 8 * expert + extra + depth * dim * 8
         )
+    active = count(functools.partial(ModalityMoE, groups=(4, 4), width=width), active_parameters)
+    used = whole + depth * dim * 8  # of a token that is kept everywhere
+    if deep:  # every second block is passed by one token in four
+        used -= 0.75 * depth / 2 * (4 * dim * dim + 3 * dim * width + 2 * dim + 8 * dim)
+    assert active == pytest.approx(used, rel=1e-12)
     unit = {"M": 1e6, "B": 1e9}
     for published, experts in ((dense, 1), (sparse, 8)):
         assert rest + experts * expert == pytest.approx(float(published[:-1]) * unit[published[-1]], rel=0.06)
