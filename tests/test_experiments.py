@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from layers.active import active_parameters
 from maxlike import catalog, config
 from maxlike.bench.timed import random_batch
 from maxlike.program import Program
@@ -149,9 +150,33 @@ def test_every_job_file_names_a_function(name):
     assert callable(config.load("quickstart", job=name).config.job)
 
 
-@pytest.mark.parametrize("name", catalog.names("overlay"))
+SIZES = [name for name in catalog.names("overlay") if name.startswith("families/")]
+
+
+@pytest.mark.parametrize("name", [name for name in catalog.names("overlay") if name not in SIZES])
 def test_every_overlay_goes_on_the_quickstart(name):
     config.load("quickstart", overlays=[name])
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_of_a_family_fits_one_gpu_and_a_slice(name):
+    family, size = name.rsplit("_", 1)
+    experiment = config.load(family, overlays=[name, "h200"])
+    target = {"300m": 3e8, "1b": 1e9}[size]
+    assert 0.95 * target < active_parameters(experiment.bare()) < 1.15 * target
+    state_bytes = 3 * 4 * sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_model().params))
+    assert state_bytes < 100e9  # parameters, gradients and momentum in float32, of a card's 141 GB
+    parameter_table(config.load(family, overlays=[name, "v5p"]))  # refuses what does not divide over eight
+
+
+def test_the_families_spend_the_same_flops():
+    flops = {
+        name: config.load(name).bare().flops_per_token(256)
+        for name in catalog.names("experiment")
+        if name.startswith("families/")
+    }
+    for name, spent in flops.items():
+        assert abs(spent / flops["families/transformer"] - 1) < 0.02, name
 
 
 @pytest.mark.parametrize("kind", ["experiment", "overlay", "job"])
