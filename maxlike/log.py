@@ -157,19 +157,24 @@ class Log:
         command = (
             f'python -m launch --experiment {shown / "config.gin"} --run_dir {shown} --job generate --prompt "..."'
         )
+        cache = cache_size(self.experiment)
+        commands = (
+            [("generate", command)] if cache.refusal is None else []
+        )  # a network without a cache generates nothing
         facts = [
             ("experiment", name),
             ("steps", f"{self.experiment.steps:,}"),
             ("tokens", quantity(self.experiment.steps * self.experiment.clock.tokens_per_step)),
             ("FLOPs a token", quantity(self.experiment.bare().flops_per_token(self.experiment.sequence_length))),
             *([("tokens a second, median", quantity(statistics.median(self._rates)))] if self._rates else []),
-            ("decoding cache", cache_words(cache_size(self.experiment))),
+            ("decoding cache", cache_words(cache)),
             ("time since the run was last started", duration(time.monotonic() - self._began)),
             *((f"validation {name}", f"{value:.4f}") for name, value in self._validation.items()),
         ]
-        write_report(self.run, title=name, facts=facts, samples=self._samples, commands=[("generate", command)])
+        write_report(self.run, title=name, facts=facts, samples=self._samples, commands=commands)
         self.say(f"report: {shown / 'report.html'}")
-        self.say(f"generate: {command}")
+        for what, line in commands:
+            self.say(f"{what}: {line}")
 
     def _shown(self) -> pathlib.Path:
         """The run's path as short as it can be written from here."""

@@ -15,16 +15,20 @@ from maxlike.data import files
 from maxlike.data.loader import BatchIterator, Piece, check_hosts
 from maxlike.data.optional import needs
 from maxlike.data.reader import Batch, row_of
+from maxlike.data.tokenizers import Tokenizer
 from maxlike.errors import UserError
 
 SOURCE = "pictures"  # the one source's name in tables and fingerprints
 
 
-class Pixels:
-    """Stands where a tokenizer stands: pixels go into the model as they are, so there are no ids."""
+class Pixels(Tokenizer):
+    """Stands where a tokenizer stands: pixels go into the model as they are, so there are no ids. Refuses text."""
 
-    vocab_size = 0
+    vocab_size, eos_id, bos_id = 0, None, None
     fingerprint = files.digest("Pixels")
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        raise UserError("this experiment is of pictures and has no text: name an experiment with a language model")
 
 
 class PictureFiles:

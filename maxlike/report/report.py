@@ -26,6 +26,12 @@ blockquote { margin: 0 0 1.2rem; padding: .1rem 0 .1rem 1rem; border-left: 3px s
   overflow-wrap: anywhere; } blockquote b { color: #2f6fb5; }
 """
 
+# What hooks draw, and what it shows.
+PICTURES = {
+    "reconstructions.png": "Held-out pictures, each above what is decoded from its ids",
+    "samples.png": "Pictures made by the model, a row a caption",
+}
+
 
 def write_report(
     run: RunDirectory,
@@ -57,6 +63,7 @@ def write_report(
         _section("Commands", "".join(_command(what, line) for what, line in commands)),
         _section("Curves", _images(images)),
         _section("Samples", "".join(_sample(prompt, text) for prompt, text in samples)),
+        _section("Pictures", _pictures(run)),
         _section("Configuration", f"<pre>{html.escape(config)}</pre>" if config else ""),
     ]
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
@@ -109,6 +116,12 @@ def _images(images: Sequence[tuple[str, bytes]]) -> str:
 
 def _command(what: str, line: str) -> str:
     return f"<p>{html.escape(what)}</p><pre>{html.escape(line)}</pre>"
+
+
+def _pictures(run: RunDirectory) -> str:
+    """The pictures that hooks left in the run."""
+    there = [(title, run.file(name)) for name, title in PICTURES.items() if run.file(name).is_file()]
+    return "".join(f"<p>{title}</p>{_images([(title, path.read_bytes())])}" for title, path in there)
 
 
 def _sample(prompt: str, text: str) -> str:
