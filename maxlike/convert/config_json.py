@@ -20,6 +20,7 @@ IRRELEVANT = frozenset(
         "problem_type", "finetuning_task", "pretraining_tp", "max_position_embeddings", "chunk_size_feed_forward",
         "task_specific_params", "prefix", "attn_implementation", "_attn_implementation",
         "_attn_implementation_autoset", "use_flash_attn", "max_length", "is_decoder",
+        "router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "aux_loss_alpha", "seq_aux", "ep_size",
     ]
 )  # fmt: skip
 MAX_BYTES = 16 << 20

@@ -1,6 +1,7 @@
 """What the decoders of the Llama lineage share: keys of config.json, names of tensors, grouping of layers."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -125,6 +126,9 @@ def _scaling(given: ConfigJson, config: ConfigJson) -> Callable | None:
             Llama3Scaling, factor=factor, original_length=length, low_frequency_factor=low, high_frequency_factor=high
         )
     attention_factor = given.take("attention_factor", None)
+    mscale, all_dim = given.take("mscale", None), given.take("mscale_all_dim", None)
+    if attention_factor is None and mscale and all_dim:
+        attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
     return F(
         YaRN,
         factor=factor,
@@ -134,6 +138,11 @@ def _scaling(given: ConfigJson, config: ConfigJson) -> Callable | None:
         attention_factor=None if attention_factor is None else float(attention_factor),
         truncate=given.take("truncate", True),
     )
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's growth of the scores with the length: 0.1 mscale ln(factor) + 1."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def rope_config(rope: Any) -> dict[str, Any]:

@@ -110,9 +110,11 @@ def prove(experiment: Experiment, flat: dict[str, jax.Array], directory: pathlib
     table = difference(of(factory), net, ("as written", "the model"))
     exact = logits(flat)
     abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in flat.items()}
-    named = {slot.parameter.leaf for tensor in expand(family.tensors, net).values() for slot in tensor.slots}
+    tensors = expand(family.tensors, net).values()
+    named = {slot.parameter.leaf for tensor in tensors for slot in tensor.slots}
     if dtype != "float32":
-        flat.update({path: x.astype(dtype).astype(x.dtype) for path, x in flat.items() if path in named})
+        rounded = named - {slot.parameter.leaf for tensor in tensors if tensor.exact for slot in tensor.slots}
+        flat.update({path: flat[path].astype(dtype).astype(flat[path].dtype) for path in rounded})
     written = logits(flat)
     for path in named:
         del flat[path]

@@ -109,3 +109,74 @@ class Fused:
 
     def store(self, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
         return np.concatenate([self.part.store((array,)) for array in arrays], self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifted:
+    """`part` of the parameter less 1: the gain of a zero-centred norm, x (1 + w)."""
+
+    part: Form = Flat()
+
+    def shape(self, shapes: tuple[Shape, ...]) -> Shape:
+        return self.part.shape(shapes)
+
+    def load(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
+        return self.part.load(tensor.astype(np.float32) + 1, shapes)
+
+    def store(self, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+        return self.part.store((arrays[0] - 1,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """The kernel [taps, *channels] of a convolution along the row as [channels, 1, taps]: torch's depthwise Conv1d."""
+
+    def shape(self, shapes: tuple[Shape, ...]) -> Shape:
+        return math.prod(shapes[0][1:]), 1, shapes[0][0]
+
+    def load(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
+        return (tensor[:, 0].T.reshape(shapes[0]),)
+
+    def store(self, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+        return arrays[0].reshape(len(arrays[0]), -1).T[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ByHead:
+    """Several kernels [inputs, heads, width] one after another within each head: keys and values of latent attention,
+    queries and their gates. In torch's layout, [heads (width + width + ...), inputs].
+
+    groups: into how many the outputs of each kernel are cut in place of its heads, None for the first one's heads.
+    inputs: 1, or 0 for offsets [heads, width].
+    """
+
+    groups: int | None = None
+    inputs: int = 1
+
+    def _cut(self, shape: Shape, groups: int) -> Shape:
+        return *shape[: self.inputs], groups, math.prod(shape[self.inputs :]) // groups
+
+    def _cuts(self, shapes: tuple[Shape, ...]) -> list[Shape]:
+        groups = shapes[0][self.inputs] if self.groups is None else self.groups
+        return [self._cut(shape, groups) for shape in shapes]
+
+    def _joined(self, shapes: tuple[Shape, ...]) -> Shape:
+        cuts = self._cuts(shapes)
+        return *cuts[0][:-1], sum(cut[-1] for cut in cuts)
+
+    @property
+    def _part(self) -> Form:
+        return Transposed() if self.inputs else Flat()
+
+    def shape(self, shapes: tuple[Shape, ...]) -> Shape:
+        return self._part.shape((self._joined(shapes),))
+
+    def load(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
+        whole = self._part.load(tensor, (self._joined(shapes),))[0]
+        pieces = np.split(whole, np.cumsum([cut[-1] for cut in self._cuts(shapes)])[:-1], -1)
+        return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
+
+    def store(self, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+        cuts = self._cuts(tuple(array.shape for array in arrays))
+        whole = np.concatenate([array.reshape(cut) for array, cut in zip(arrays, cuts, strict=True)], -1)
+        return self._part.store((whole,))

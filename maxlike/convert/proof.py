@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from layers.context import Context
+from layers.context import Context, Source
+from layers.encoder_decoder import EncoderDecoder
 
 LENGTH, ROWS = 32, 2
 
@@ -24,7 +25,8 @@ def logits(graph: Any, params: dict, buffers: dict, tokens_BT: np.ndarray) -> np
 
     def run(params: dict, buffers: dict, tokens_BT: jax.Array) -> jax.Array:
         model = nnx.merge(graph, jax.tree.map(lambda p: p.astype(jnp.float32), params), buffers)
-        hidden_BTD = model(tokens_BT, Context.of(tokens_BT)).hidden_BTD
+        source = Source.of(tokens_BT) if isinstance(model, EncoderDecoder) else None
+        hidden_BTD = model(tokens_BT, Context.of(tokens_BT, source=source)).hidden_BTD
         return model.logits(hidden_BTD)[..., : model.vocab]
 
     return np.asarray(jax.jit(run)(params, buffers, tokens_BT))

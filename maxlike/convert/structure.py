@@ -3,6 +3,7 @@ are grouped into scans, so that two networks can be compared."""
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Any
 
@@ -11,11 +12,19 @@ import numpy as np
 from flax import nnx
 
 from layers.axes import Buffer
+from layers.dispatch import Capacity, Dropless
 from layers.stack import Stack
 from maxlike.errors import UserError
 
-# Settings that say how a result is computed or a model trained, not which function it is.
-INERT = frozenset({"Stack.remat", "Stack.scan", "Stack.repeats", "LanguageModel.padded_vocab", "Embed.gradient_scale"})
+# Settings that say how a result is computed or a model trained, not which function it is. What weights cannot tell and
+# need not: the losses and the jitter of a router, and how many experts its bias is meant to keep busy. (The rule of a
+# bias is no setting but belongs to the buffer, and is not compared either.)
+INERT = frozenset(
+    [
+        "Stack.remat", "Stack.scan", "Stack.repeats", "LanguageModel.padded_vocab", "EncoderDecoder.padded_vocab",
+        "Embed.gradient_scale", "MoE.losses", "TopK.jitter", "TopK.expected", "Mamba2.chunk", "GatedDeltaNet.chunk",
+    ]
+)  # fmt: skip
 SHOWN = 20
 
 
@@ -94,6 +103,8 @@ class Structure:
             for attribute, value in vars(node).items():
                 if not attribute.startswith("_pytree__") and f"{name}.{attribute}" not in INERT:
                     self._walk(value, *(_join(at, attribute) for at in (path, leaf)), index, f"{name}.{attribute}")
+        elif isinstance(node, Dropless) or (isinstance(node, Capacity) and node.evaluation_factor is None):
+            pass  # where a model is evaluated they do the same: every choice is computed
         elif dataclasses.is_dataclass(node):
             self._dataclass(node, path, knob)
         else:
@@ -153,6 +164,8 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, np.ndarray | jax.Array) or isinstance(b, np.ndarray | jax.Array):
         return np.array_equal(a, b)
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9)  # one may have been computed, the other written down
     return type(a) is type(b) and a == b
 
 

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,8 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 class TensorFiles:
-    """The tensors of a directory by name; a shard is mapped, and a tensor read when it is asked for.
+    """The tensors of a directory by name; a tensor is read when it is asked for, and `release` lets go of the shards,
+    whose pages count as this process's memory as long as they are mapped.
 
     Refuses a directory without safetensors, an index that leads out of it or names what its shard does not hold, and
     a damaged file.
@@ -48,10 +49,18 @@ class TensorFiles:
             hint = f"; {other[0]} is a pickle, which is never read: save it as safetensors" if other else ""
             raise UserError(f"{directory} holds neither {ONE} nor {INDEX}{hint or ': name a directory that does'}")
         self.leaves = {name: self._leaf(name) for name in self._shard}
+        self.release()
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in memory of its own."""
-        return self._files[self._shard[name]].get_tensor(name)
+        shard = self._shard[name]
+        if shard not in self._files:
+            self._open(shard)
+        return self._files[shard].get_tensor(name)
+
+    def release(self) -> None:
+        """Unmaps the shards."""
+        self._files.clear()
 
     def _open(self, shard: str) -> list[str]:
         path = self.directory / shard
@@ -73,20 +82,22 @@ def write(
     *,
     dtype: str,
     shard_bytes: int,
+    exact: Collection[str] = (),
 ) -> list[str]:
-    """Writes the tensors `tensor(name)` of `shapes` in that dtype, at most `shard_bytes` a file (a larger tensor has a
-    file of its own); returns the names of the files. One shard is in memory at a time."""
-    size = jnp.dtype(dtype).itemsize
-    shards = _divide({name: int(np.prod(shape)) * size for name, shape in shapes.items()}, shard_bytes)
+    """Writes the tensors `tensor(name)` of `shapes` in that dtype, those named in `exact` in float32, at most
+    `shard_bytes` a file (a larger tensor has a file of its own); returns the names of the files. One shard is in memory
+    at a time."""
+    dtypes = {name: jnp.dtype("float32" if name in exact else dtype) for name in shapes}
+    sizes = {name: int(np.prod(shape)) * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards = _divide(sizes, shard_bytes)
     files = [ONE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in _from_1(shards)]
     for file, names in zip(files, shards, strict=True):
-        content = {name: np.ascontiguousarray(tensor(name).astype(jnp.dtype(dtype))) for name in names}
+        content = {name: np.ascontiguousarray(tensor(name).astype(dtypes[name])) for name in names}
         safetensors.numpy.save_file(content, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o644)  # the library makes it private to its owner
     if len(shards) > 1:
-        total = sum(int(np.prod(shape)) * size for shape in shapes.values())
         listed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        body = {"metadata": {"total_size": total}, "weight_map": listed}
+        body = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": listed}
         (directory / INDEX).write_text(json.dumps(body, indent=2) + "\n")
         files.append(INDEX)
     return files

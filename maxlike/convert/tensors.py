@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 
-from maxlike.convert.forms import Flat, Form, Same, Shape, Transposed
+from maxlike.convert.forms import Flat, Form, Same, Shape, Shifted, Transposed
 from maxlike.convert.structure import Cannot, Parameter, Structure
 
 WEIGHT, BIAS, TABLE = Transposed(), Flat(), Same()
@@ -11,15 +12,21 @@ WEIGHT, BIAS, TABLE = Transposed(), Flat(), Same()
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A tensor's name in the file, the path or paths of our parameters in it, and its form. `{i}` stands for any layer;
-    `{e}` in the name alone for each index of the parameter's first dimension. A rule whose (first) parameter is not
-    there does not apply. added: name of a [n, D] tensor whose first row is added to each row of this one, where only
-    the sum is a parameter here; an export writes two rows of zeros for it."""
+    """A tensor's name in the file, the path or paths of our parameters in it, and its form. `{i}` stands for any layer,
+    `{pair}` in the name for half its number (two of our blocks are one layer there); `{e}` in the name alone for each
+    index of the parameter's first dimension. A rule whose (first) parameter is not there does not apply.
+
+    added: name of a [n, D] tensor whose first row is added to each row of this one, where only the sum is a parameter
+        here; an export writes two rows of zeros for it.
+    mixer: class of the layer's mixer where the rule is for such layers alone ("CrossAttention").
+    form: or a function of the network that gives it, where shapes of other parameters decide.
+    """
 
     name: str
     paths: str | tuple[str, ...]
-    form: Form = WEIGHT
+    form: Form | Callable[[Structure], Form] = WEIGHT
     added: str = ""
+    mixer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +67,12 @@ class Tensor:
     def shape(self) -> Shape:
         return self.form.shape(self.shapes)
 
+    @property
+    def exact(self) -> bool:
+        """Whether it is written in float32 whatever the others are: buffers, which training moves by less than half
+        precision resolves, and numbers that are not stored as they are here."""
+        return isinstance(self.form, Shifted) or any(slot.parameter.buffer for slot in self.slots)
+
 
 def expand(rules: tuple[Rule, ...], net: Structure) -> dict[str, Tensor]:
     """{name in the file: tensor} for a network.
@@ -74,6 +87,8 @@ def expand(rules: tuple[Rule, ...], net: Structure) -> dict[str, Tensor]:
         pattern = re.compile(re.escape(paths[0]).replace(r"\{i\}", r"(?P<i>\d+)"))
         for match in filter(None, map(pattern.fullmatch, net.parameters)):
             layer = match.groupdict()
+            if rule.mixer and net.value(f"{paths[0].partition('{i}')[0]}{layer['i']}/mixer") != rule.mixer:
+                continue
             each = [path.format(**layer) for path in paths]
             missing = [path for path in each if not net.has(path)]
             if missing:
@@ -82,11 +97,13 @@ def expand(rules: tuple[Rule, ...], net: Structure) -> dict[str, Tensor]:
                 raise ValueError(f"two rules of a family name the parameter {each[0]}")
             named.update(each)
             parameters = [net.parameters[path] for path in each]
+            form = rule.form(net) if callable(rule.form) else rule.form
+            names = layer | ({"pair": int(layer["i"]) // 2} if "i" in layer else {})
             indices = [(e,) for e in range(parameters[0].shape[0])] if "{e}" in rule.name else [()]
             for index in indices:
-                name = rule.name.format(**layer, **({"e": index[0]} if index else {}))
+                name = rule.name.format(**names, **({"e": index[0]} if index else {}))
                 slots = tuple(Slot(parameter, index) for parameter in parameters)
-                tensors[name] = Tensor(name, slots, rule.form, rule.added)
+                tensors[name] = Tensor(name, slots, form, rule.added)
     left = [path for path, parameter in net.parameters.items() if path not in named and not parameter.buffer]
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""

@@ -23,7 +23,8 @@ def load(files: TensorFiles, family: Family, net: Structure, abstract: dict[str,
     """{leaf: array} for the leaves of a model that the family has names for, as `abstract` places them.
 
     abstract: {leaf: jax.ShapeDtypeStruct with sharding}. Each device's piece is assembled from the tensors that it
-    needs, so beside the model itself one piece and one tensor are in memory. Rows of a padded vocabulary are zero.
+    needs, so beside the model itself one piece and the tensors it is made of are in memory. Rows of a padded
+    vocabulary are zero.
     Raises UserError with a table where tensors are missing, left over or of another shape.
     """
     tensors = {}
@@ -35,7 +36,11 @@ def load(files: TensorFiles, family: Family, net: Structure, abstract: dict[str,
     for tensor in tensors.values():
         for part, slot in enumerate(tensor.slots):
             places.setdefault(slot.parameter.leaf, {})[slot.place] = (tensor, part)
-    return {leaf: _place(files, abstract[leaf], held) for leaf, held in places.items()}
+    made = {}
+    for leaf, held in places.items():
+        made[leaf] = _place(files, abstract[leaf], held)
+        files.release()
+    return made
 
 
 def store(family: Family, net: Structure, flat: dict[str, jax.Array], **knobs: Any) -> list[str]:
@@ -51,7 +56,8 @@ def store(family: Family, net: Structure, flat: dict[str, jax.Array], **knobs: A
         return made.form.store(tuple(_slice(flat[slot.parameter.leaf], slot) for slot in made.slots))
 
     shapes = {name: made.shape for name, made in tensors.items()} | added
-    return tensor_files.write(shapes=shapes, tensor=tensor, **knobs)
+    exact = {name for name, made in tensors.items() if made.exact}
+    return tensor_files.write(shapes=shapes, tensor=tensor, exact=exact, **knobs)
 
 
 _at = jax.jit(lambda leaf, place: leaf[place])  # the place is traced: one program for all layers of a stack
@@ -59,7 +65,7 @@ _at = jax.jit(lambda leaf, place: leaf[place])  # the place is traced: one progr
 
 def _slice(leaf: jax.Array, slot) -> np.ndarray:
     """One layer's parameter on the host, without the vocabulary's padding."""
-    return np.asarray(_at(leaf, slot.place))[tuple(slice(n) for n in slot.shape)]
+    return np.asarray(_at(leaf, slot.place) if slot.place else leaf)[tuple(slice(n) for n in slot.shape)]
 
 
 def _place(files: TensorFiles, abstract: Any, held: dict[tuple[int, ...], Place]) -> jax.Array:
