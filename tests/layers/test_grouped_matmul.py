@@ -54,18 +54,22 @@ def test_grouped_product_equals_a_loop_over_the_groups(arrays, implementation):
 
 
 def test_blocks_hold_every_row_once_and_only_rows_of_their_group():
-    rng = np.random.default_rng(0)
+    rng, E = np.random.default_rng(0), 6
+
+    @jax.jit
+    def laid_out(sizes_E):
+        blocks = Blocks.of(sizes_E, M)
+        return blocks.group_N, blocks.used, blocks.row_N, blocks.place_M
+
     for _ in range(30):
-        E = int(rng.integers(1, 9))
         sizes = rng.multinomial(int(rng.integers(0, M + 1)), rng.dirichlet(np.full(E, 0.3)))
-        blocks = Blocks.of(jnp.asarray(sizes, jnp.int32), M)
-        row_NB = np.asarray(blocks.row_N).reshape(-1, blocks.size)
+        group_N, used, row_N, place_M = map(np.asarray, laid_out(jnp.asarray(sizes, jnp.int32)))
+        row_NB = row_N.reshape(-1, block_size(M, E))
         group_M = np.repeat(np.arange(E), sizes)
         assert sorted(row_NB[row_NB < M]) == list(range(sizes.sum()))
         for n, rows in enumerate(row_NB):
-            assert set(group_M[rows[rows < M]]) <= {int(blocks.group_N[n])}
-            assert (n < int(blocks.used)) == bool((rows < M).any())
-        place_M = np.asarray(blocks.place_M)
+            assert set(group_M[rows[rows < M]]) <= {int(group_N[n])}
+            assert (n < int(used)) == bool((rows < M).any())
         assert (row_NB.reshape(-1)[place_M[: sizes.sum()]] == np.arange(sizes.sum())).all()
         assert (place_M[sizes.sum() :] >= row_NB.size).all()
 
@@ -93,8 +97,10 @@ def test_taking_rows_has_the_gradient_of_indexing():
 def test_rows_of_a_batch_of_experts_equal_the_grouped_form():
     experts = Experts(8, count=3, width=4, rngs=nnx.Rngs(params=0))
     x_ECD = jax.random.normal(jax.random.key(1), (3, 5, 8))
-    grouped = experts.grouped(x_ECD.reshape(15, 8), jnp.full(3, 5))
-    np.testing.assert_allclose(experts(x_ECD).reshape(15, 8), grouped, atol=1e-5)
+    together, grouped = jax.jit(lambda experts, x: (experts(x), experts.grouped(x.reshape(15, 8), jnp.full(3, 5))))(
+        experts, x_ECD
+    )
+    np.testing.assert_allclose(together.reshape(15, 8), grouped, atol=1e-5)
     assert experts.flops_per_row == 2 * 3 * 8 * 4
 
 

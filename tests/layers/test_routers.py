@@ -150,12 +150,14 @@ def test_expert_choice_equals_a_loop_over_experts():
     x_BTD = jax.random.normal(jax.random.key(0), (2, 7, 8))
     real_BT = jnp.arange(7)[None] < jnp.array([7, 5])[:, None]
     ctx = Context.of(x_BTD[..., 0], segments_BT=real_BT.astype(jnp.int32))
-    got, aux = layer(x_BTD, ctx)
+    got, aux = jax.jit(lambda layer, x_BTD: layer(x_BTD, ctx))(layer, x_BTD)
     want = np.array(layer.shared(x_BTD, ctx)[0])
     visits = np.zeros((2, 7))
     for b in range(2):
         score_TE = np.asarray(jax.nn.softmax(x_BTD[b] @ layer.kernel[...]))
-        y_TED = reference.experts(x_BTD[b], layer.experts.gate[...], layer.experts.up[...], layer.experts.down[...])
+        y_TED = jax.jit(reference.experts)(
+            x_BTD[b], layer.experts.gate[...], layer.experts.up[...], layer.experts.down[...]
+        )
         for e in range(3):
             for t in sorted((t for t in range(7) if real_BT[b, t]), key=lambda t: -score_TE[t, e])[:3]:
                 want[b, t] += score_TE[t, e] * y_TED[t, e]
