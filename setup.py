@@ -2,7 +2,14 @@
 
 from setuptools import find_packages, setup
 
-DATA = ["pyarrow>=18", "sentencepiece>=0.2", "zstandard>=0.23", "tensorflow-datasets>=4.9.9", "importlib_resources>=6"]
+DATA = [
+    "pyarrow>=18",
+    "pillow>=10",
+    "sentencepiece>=0.2",
+    "zstandard>=0.23",
+    "tensorflow-datasets>=4.9.9",
+    "importlib_resources>=6",
+]
 
 setup(
     name="maxlike",
@@ -32,7 +39,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "eval": ["lm-eval>=0.4.9"],
         "data": DATA,
-        "parity": ["torch==2.13.0", "transformers>=5.23,<5.24", "tiktoken>=0.8"],
+        "parity": ["torch==2.13.0", "transformers>=5.23,<5.24", "tiktoken>=0.8", "vector-quantize-pytorch==1.32.0"],
         "test": [
             *DATA,
             "chex>=0.1.90",
