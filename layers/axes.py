@@ -26,7 +26,7 @@ PARAMETER_AXES = {
     "groups": "groups of heads that share the keys and queries of a recurrent state",
     "state": "recurrent state width (N)",
     "taps": "convolution taps",
-    "positions": "learned absolute positions",
+    "positions": "learned positions: absolute, or buckets of distances",
     "patch": "values of a patch of a picture",
     "code": "width of a quantizer's code",
     "norm": "a gain or an offset of a normalisation",
