@@ -3,18 +3,20 @@
 import io
 import types
 
+import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from maxlike import config
+from maxlike import catalog, config
 from maxlike.data.mixed import TextAndPictures
 from maxlike.data.tokenizers import Bytes
 from maxlike.decode.generate import Continuation
 from maxlike.errors import UserError
 from maxlike.image_tokens import NPZ, TrainedImageTokenizer, tokenize_images
 from maxlike.picture_hooks import Reconstructions, SamplePictures
+from maxlike.program import Program
 from maxlike.report.picture_grid import grid, to_uint8
 from maxlike.train import train
 from tests.tiny import losses
@@ -164,3 +166,27 @@ def test_refuses(made, tmp_path):
         SamplePictures(image_tokenizer=SHIPPED, captions=())
     with pytest.raises(UserError, match="smaller than"):
         train(config.load("image_tokenizer", bindings=[*BINDINGS, "pictures.Pictures.size = 40"]), tmp_path / "run")
+
+
+def test_a_running_codebook_is_the_same_on_eight_devices(tmp_path):
+    text = catalog.find("experiment", "image_tokenizer").read_text()
+    text = text.replace("from layers import quantizers", "from layers import codebooks")
+    text = text.replace("@quantizers.FSQ", "@codebooks.VQEMA").replace(
+        "quantizers.FSQ.levels = (8, 5, 5, 5)", "codebooks.VQEMA.size = 32\ncodebooks.VQEMA.dim = 4"
+    )
+    (tmp_path / "ema.gin").write_text(text)
+    seen = {}
+    for mesh in ("mesh/single", "mesh/fsdp"):
+        small = ["steps = 3", "width = 16", "experiment.Experiment.batch_size = 8", "codebooks.VQEMA.restart_every = 1"]
+        experiment = config.load(str(tmp_path / "ema.gin"), overlays=[mesh], bindings=small)
+        program = Program.of(experiment, experiment.mesh.open())
+        batches = experiment.data.train(sequence_length=64, batch_size=8, seed=0)
+        step, state = program.lower_step(batches.batch(0)).compile(), program.init()
+        before = np.asarray(state["buffers"]["quantizer"]["state"])
+        for k in range(3):
+            state, metrics = step(state, program.put(batches.batch(k)), jax.device_put(np.bool_(True)))
+        seen[mesh] = np.asarray(state["buffers"]["quantizer"]["state"]), float(metrics["loss"])
+    (one, loss), (eight, same_loss) = seen.values()
+    np.testing.assert_allclose(eight, one, rtol=1e-4, atol=1e-4)
+    assert same_loss == pytest.approx(loss, rel=1e-4)
+    assert not np.allclose(one[:, :4], before[:, :4]) and (one[:, -1] == 3).all(), "the codes moved, once a step"
