@@ -8,6 +8,7 @@ from typing import Any
 from maxlike.catalog import nearest
 from maxlike.convert.bert import Bert
 from maxlike.convert.config_json import ConfigJson, read_json
+from maxlike.convert.deepseek import DeepseekV2, DeepseekV3
 from maxlike.convert.family import Family
 from maxlike.convert.glm import Glm, Glm4
 from maxlike.convert.gpt2 import Gpt2
@@ -22,7 +23,7 @@ from maxlike.errors import UserError
 # In this order an export tries them: the plainest class that expresses a network exactly is the one it is written as.
 FAMILIES: tuple[Family, ...] = (
     Llama(), Mistral(), Qwen2(), Qwen3(), Starcoder2(), Glm(), Glm4(), Gpt2(), Bert(),
-    Mixtral(), Qwen2Moe(), Qwen3Moe(),
+    Mixtral(), Qwen2Moe(), Qwen3Moe(), DeepseekV2(), DeepseekV3(),
 )  # fmt: skip
 
 

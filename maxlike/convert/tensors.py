@@ -18,7 +18,7 @@ class Rule:
 
     added: name of a [n, D] tensor whose first row is added to each row of this one, where only the sum is a parameter
         here; an export writes two rows of zeros for it.
-    mixer: class of the layer's mixer where the rule is for such layers alone ("CrossAttention").
+    where: which layers the rule is for, of those with the parameter: a function of the network and the layer's path.
     form: or a function of the network that gives it, where shapes of other parameters decide.
     """
 
@@ -26,7 +26,7 @@ class Rule:
     paths: str | tuple[str, ...]
     form: Form | Callable[[Structure], Form] = WEIGHT
     added: str = ""
-    mixer: str = ""
+    where: Callable[[Structure, str], bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,11 @@ class Tensor:
         return isinstance(self.form, Shifted) or any(slot.parameter.buffer for slot in self.slots)
 
 
+def mixes_by(mixer: str) -> Callable[[Structure, str], bool]:
+    """`Rule.where` of the layers whose mixer is of that class."""
+    return lambda net, layer: net.value(f"{layer}/mixer") == mixer
+
+
 def expand(rules: tuple[Rule, ...], net: Structure) -> dict[str, Tensor]:
     """{name in the file: tensor} for a network.
 
@@ -87,7 +92,7 @@ def expand(rules: tuple[Rule, ...], net: Structure) -> dict[str, Tensor]:
         pattern = re.compile(re.escape(paths[0]).replace(r"\{i\}", r"(?P<i>\d+)"))
         for match in filter(None, map(pattern.fullmatch, net.parameters)):
             layer = match.groupdict()
-            if rule.mixer and net.value(f"{paths[0].partition('{i}')[0]}{layer['i']}/mixer") != rule.mixer:
+            if rule.where and not rule.where(net, f"{paths[0].partition('{i}')[0]}{layer['i']}"):
                 continue
             each = [path.format(**layer) for path in paths]
             missing = [path for path in each if not net.has(path)]
