@@ -168,17 +168,42 @@ def test_refuses(made, tmp_path):
         train(config.load("image_tokenizer", bindings=[*BINDINGS, "pictures.Pictures.size = 40"]), tmp_path / "run")
 
 
-def test_a_running_codebook_is_the_same_on_eight_devices(tmp_path):
+def with_quantizer(folder, name: str, *bindings: str) -> str:
+    """The experiment image_tokenizer with another quantizer of codebooks.py, as a file."""
     text = catalog.find("experiment", "image_tokenizer").read_text()
     text = text.replace("from layers import quantizers", "from layers import codebooks")
-    text = text.replace("@quantizers.FSQ", "@codebooks.VQEMA").replace(
-        "quantizers.FSQ.levels = (8, 5, 5, 5)", "codebooks.VQEMA.size = 32\ncodebooks.VQEMA.dim = 4"
-    )
-    (tmp_path / "ema.gin").write_text(text)
+    text = text.replace("@quantizers.FSQ", f"@codebooks.{name}")
+    text = text.replace("quantizers.FSQ.levels = (8, 5, 5, 5)", "\n".join(f"codebooks.{name}.{b}" for b in bindings))
+    (folder / f"{name}.gin").write_text(text)
+    return str(folder / f"{name}.gin")
+
+
+def test_a_plain_codebook_collapses_and_running_means_do_not(tmp_path):
+    small = ["steps = 120", "width = 32", "experiment.Experiment.batch_size = 16"]
+    used = {}
+    for name, knobs in (("VQ", ("std = 0.004",)), ("VQEMA", ("restart_every = 20", "restart_until = 100"))):
+        experiment = config.load(with_quantizer(tmp_path, name, "size = 256", "dim = 8", *knobs), bindings=small)
+        program = Program.of(experiment, experiment.mesh.open())
+        batches = experiment.data.train(sequence_length=64, batch_size=16, seed=0)
+        step, state, allow = (
+            program.lower_step(batches.batch(0)).compile(),
+            program.init(),
+            jax.device_put(np.bool_(True)),
+        )
+        for k in range(120):
+            state, _ = step(state, program.put(batches.batch(k)), allow)
+        used[name] = program.evaluate(state, experiment.open_validation())
+    # of 256 codes, on 1,024 patches a batch
+    assert used["VQ"]["codes_used"] < 26 and used["VQEMA"]["codes_used"] > 100
+    assert used["VQEMA"]["loss"] < used["VQ"]["loss"]
+
+
+def test_a_running_codebook_is_the_same_on_eight_devices(tmp_path):
+    path = with_quantizer(tmp_path, "VQEMA", "size = 32", "dim = 4")
     seen = {}
     for mesh in ("mesh/single", "mesh/fsdp"):
         small = ["steps = 3", "width = 16", "experiment.Experiment.batch_size = 8", "codebooks.VQEMA.restart_every = 1"]
-        experiment = config.load(str(tmp_path / "ema.gin"), overlays=[mesh], bindings=small)
+        experiment = config.load(path, overlays=[mesh], bindings=small)
         program = Program.of(experiment, experiment.mesh.open())
         batches = experiment.data.train(sequence_length=64, batch_size=8, seed=0)
         step, state = program.lower_step(batches.batch(0)).compile(), program.init()
