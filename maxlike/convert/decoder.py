@@ -198,10 +198,11 @@ def language_model(
     block: Callable[[Any], Callable] = lambda kind: kind,
     tied: bool = False,
     embed: Callable = Embed,
+    head: Callable[[Callable], Callable] = lambda head: head,
     dim: str = "hidden_size",
 ) -> Callable:
     """The network of embedding, one block a kind (`block(kind)` is its factory; equal kinds are equal layers), final
-    norm and head. tied: what the family does where the file does not say."""
+    norm and head. tied: what the family does where the file does not say. head: what it puts around the plain one."""
     prefix, size = grouped(kinds)
     stack = F(
         Stack,
@@ -209,9 +210,9 @@ def language_model(
         pattern=tuple(block(kind) for kind in kinds[prefix : prefix + size]),
         depth=len(kinds) - prefix,
     )
-    head = F(Head, tied=config.take("tie_word_embeddings", tied))
+    plain = F(Head, tied=config.take("tie_word_embeddings", tied))
     sizes = {"vocab": config.size("vocab_size"), "dim": config.size(dim)}
-    return F(LanguageModel, **sizes, stack=stack, norm=norm, embed=embed, head=head)
+    return F(LanguageModel, **sizes, stack=stack, norm=norm, embed=embed, head=head(plain))
 
 
 def sizes_config(net: Structure) -> dict[str, Any]:

@@ -47,12 +47,13 @@ def randomise(model, std: float) -> None:
                 bias.copy_(torch.randn_like(bias) * std)
 
 
-def reference(kind: str, knobs: dict, directory: pathlib.Path):
-    """(tokens with 64 greedy ones behind them, logits) of a random model, which is saved."""
+def reference(kind: str, knobs: dict, directory: pathlib.Path, *, cached: bool = True):
+    """(tokens with 64 greedy ones behind them, logits) of a random model, which is saved. cached: whether they come
+    out of its cache."""
     model = build(kind, knobs)
     model.save_pretrained(directory)
     prompt = torch.tensor(np.random.default_rng(1).integers(0, VOCAB, (2, T)))
-    tokens = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
+    tokens = model.generate(prompt, max_new_tokens=NEW, do_sample=False, use_cache=cached)
     assert tokens.shape == (2, T + NEW)
     return tokens.numpy().astype(np.int32), logits_of(model, tokens)
 
@@ -101,10 +102,10 @@ def reloaded(out: pathlib.Path, auto: str = "AutoModelForCausalLM"):
     return loaded.eval()
 
 
-def agree(name: str, kind: str, knobs: dict, tmp_path: pathlib.Path, record_property) -> None:
+def agree(name: str, kind: str, knobs: dict, tmp_path: pathlib.Path, record_property, **how) -> None:
     """The same logits along the greedy continuation of `transformers`, whose every token they choose too; and what is
     exported is the same model there."""
-    tokens, logits = reference(kind, knobs, tmp_path / "theirs")
+    tokens, logits = reference(kind, knobs, tmp_path / "theirs", **how)
     family, graph, params, net = imported(tmp_path / "theirs")
     found = np.asarray(run(graph, params, tokens))
     worst = float(np.abs(found - logits).max())
