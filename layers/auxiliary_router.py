@@ -25,10 +25,10 @@ class AuxiliaryRouter(nnx.Module):
         if width is not None and width < 1:
             raise ValueError(f"AuxiliaryRouter.width={width} must be at least 1, or None for half the model's width")
         width = max(dim // 2, 1) if width is None else width
-        self.up = axes.param(rngs, (dim, width), ("embed", "auxiliary"), axes.normal(dim**-0.5))
+        self.up = axes.param(rngs, (dim, width), ("embed", "auxiliary"), axes.normal(dim**-0.5), exact=True)
         # One output is a vector, not a matrix of one column: that would not divide over an expert axis.
         shape, names = ((width,), ("auxiliary",)) if outputs is None else ((width, outputs), ("auxiliary", "experts"))
-        self.out = axes.param(rngs, shape, names, axes.normal(width**-0.5))
+        self.out = axes.param(rngs, shape, names, axes.normal(width**-0.5), exact=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = jax.nn.silu(router_product(jax.lax.stop_gradient(x), self.up[...]))

@@ -80,8 +80,13 @@ class Keys:
         return key
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Init = NORMAL) -> nnx.Param:
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Init = NORMAL, *, exact: bool = False
+) -> nnx.Param:
     """A float32 parameter that carries its logical axes as metadata `axes`.
+
+    exact: it is used in float32 whatever the compute dtype (a router's weights, rates of decay), so that rounding
+    neither flips a choice nor compounds over a row.
 
     Raises ValueError where the axes do not name every dimension, or name one that the vocabulary does not know.
     """
@@ -92,7 +97,7 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: I
         raise ValueError(
             f"unknown logical axis {unknown[0]!r}: add it to layers/axes.py or use one of {sorted(PARAMETER_AXES)}"
         )
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, exact=exact)
 
 
 Rule = Callable[[jax.Array, jax.Array], jax.Array]

@@ -51,7 +51,8 @@ class ExpertChoice(nnx.Module):
         if std is not None and std <= 0:
             raise ValueError(f"ExpertChoice.std={std} must be positive, or None for 1/sqrt(D)")
         self.capacity_factor = capacity_factor
-        self.kernel = axes.param(rngs, (dim, E), ("embed", "experts"), axes.normal(dim**-0.5 if std is None else std))
+        init = axes.normal(dim**-0.5 if std is None else std)
+        self.kernel = axes.param(rngs, (dim, E), ("embed", "experts"), init, exact=True)
         self.shared = None if shared is None else shared(dim, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -70,8 +70,8 @@ class GatedDeltaNet(nnx.Module):
         self.query_conv = ShortConv((G, N), key_axes, width=conv_width, bias=False, rngs=rngs)
         self.key_conv = ShortConv((G, N), key_axes, width=conv_width, bias=False, rngs=rngs)
         self.value_conv = ShortConv((H, K), value_axes, width=conv_width, bias=False, rngs=rngs)
-        self.dt_bias = axes.param(rngs, (H,), ("heads",), _ones)
-        self.A_log = axes.param(rngs, (H,), ("heads",), _log_decay)
+        self.dt_bias = axes.param(rngs, (H,), ("heads",), _ones, exact=True)
+        self.A_log = axes.param(rngs, (H,), ("heads",), _log_decay, exact=True)
         self.norm = norm(K, rngs=rngs)
         self.out = Linear((H, K), (dim,), value_axes, ("embed",), rngs=rngs)
 

@@ -28,7 +28,7 @@ class LRPE(nnx.Module):
         if base <= 0:
             raise ValueError(f"LRPE.base={base} must be positive, such as 10000")
         self.base = base
-        self.offset = axes.param(rngs, (heads, head_dim), ("heads", "head_dim"), _zeros)
+        self.offset = axes.param(rngs, (heads, head_dim), ("heads", "head_dim"), _zeros, exact=True)
 
     def theta(self) -> jax.Array:
         """Radians a position, float32 [H, K]."""

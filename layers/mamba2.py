@@ -80,9 +80,9 @@ class Mamba2(nnx.Module):
         self.x_conv = ShortConv((x_heads[0], P), (x_heads[1], "head_dim"), width=conv_width, rngs=rngs)
         self.B_conv = ShortConv((b_heads[0], N), (b_heads[1], "state"), width=conv_width, rngs=rngs)
         self.C_conv = ShortConv((c_heads[0], N), (c_heads[1], "state"), width=conv_width, rngs=rngs)
-        self.dt_bias = axes.param(rngs, (H,), ("heads",), dt_bias_init)
-        self.A_log = axes.param(rngs, (H,), ("heads",), _log_uniform_decay)
-        self.D = axes.param(rngs, (H,), ("heads",), _ones)
+        self.dt_bias = axes.param(rngs, (H,), ("heads",), dt_bias_init, exact=True)
+        self.A_log = axes.param(rngs, (H,), ("heads",), _log_uniform_decay, exact=True)
+        self.D = axes.param(rngs, (H,), ("heads",), _ones, exact=True)
         self.norm = norm(H * P, groups=G, rngs=rngs)
         self.out = _uniform_linear((H, P), (dim,), ("heads", "head_dim"), ("embed",), rngs)
 

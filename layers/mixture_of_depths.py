@@ -69,7 +69,7 @@ class MixtureOfDepths(nnx.Module):
         self.capacity, self.scope, self.row_bound, self.evaluation = capacity, scope, row_bound, evaluation
         self.dim = dim
         self.block = block(dim, rngs=rngs)
-        self.router = axes.param(rngs, (dim,), ("embed",), axes.normal(0.02))
+        self.router = axes.param(rngs, (dim,), ("embed",), axes.normal(0.02), exact=True)
         self.auxiliary = None if auxiliary is None else auxiliary(dim, outputs=None, rngs=rngs)
         mixer = self.block.mixer if isinstance(self.block, Block) else None
         if isinstance(mixer, Attention) and mixer.window is not None:

@@ -119,7 +119,8 @@ class TopK(nnx.Module):
         self.top_k, self.score, self.scale, self.jitter = top_k, score, scale, jitter
         self.norm_topk = score == "sigmoid" if norm_topk is None else norm_topk
         self.limit = None if limit is None else limit(E, top_k)
-        self.kernel = axes.param(rngs, (dim, E), ("embed", "experts"), axes.normal(dim**-0.5 if std is None else std))
+        init = axes.normal(dim**-0.5 if std is None else std)
+        self.kernel = axes.param(rngs, (dim, E), ("embed", "experts"), init, exact=True)
         rule = None if bias is None else bias(experts, zero_experts, top_k)
         self.bias = None if rule is None else axes.buffer(jnp.zeros(E), ("experts",), rule)
         # Experts with weights that a token is expected to visit: what FLOPs are stated by.

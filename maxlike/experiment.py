@@ -4,34 +4,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
-from flax import nnx
-
-from layers.axes import Buffer, Keys
 from maxlike.checkpoint import Checkpoints
 from maxlike.data.data import Data
 from maxlike.data.loader import FiniteBatches
 from maxlike.data.pictures import Pictures
 from maxlike.errors import UserError
 from maxlike.hooks import Hook
+from maxlike.model import AbstractModel
 from maxlike.schedules import Clock
 from maxlike.sharding import Mesh
 from maxlike.step import Step
-
-
-@dataclasses.dataclass(frozen=True)
-class AbstractModel:
-    """A model without its numbers: what jit, the sharding and the checkpoint need.
-
-    graph: the static part. params, buffers: nested pure dicts of shapes. axes: the logical axes of each parameter.
-    buffer_rules: how each buffer changes after a step, see `layers.axes.buffer`.
-    """
-
-    graph: Any
-    params: dict
-    buffers: dict
-    axes: dict
-    buffer_rules: dict
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -85,21 +67,10 @@ class Experiment:
         """What schedules convert durations with."""
         return Clock(steps=self.steps, tokens_per_step=self.batch_size * self.sequence_length)
 
-    def build(self, key: jax.Array) -> tuple[Any, Any, Any]:
-        """(graph, params, buffers) of a freshly initialised model, the latter two as flax states."""
-        return nnx.split(self.model(rngs=Keys(key)), nnx.Param, Buffer)
-
     def abstract_model(self) -> AbstractModel:
         """Shapes and logical axes, without computing a number; traced once."""
         if self._abstract is None:
-            graph, params, buffers = jax.eval_shape(self.build, jax.random.key(0))
-            self._abstract = AbstractModel(
-                graph=graph,
-                params=nnx.to_pure_dict(params),
-                buffers=nnx.to_pure_dict(buffers),
-                axes=nnx.to_pure_dict(params, extract_fn=lambda variable: variable.get_metadata("axes")),
-                buffer_rules=nnx.to_pure_dict(buffers, extract_fn=lambda variable: variable.get_metadata("rule")),
-            )
+            self._abstract = AbstractModel.of(self.model)
         return self._abstract
 
     def open_validation(self) -> FiniteBatches:
@@ -119,4 +90,4 @@ class Experiment:
     def bare(self) -> Any:
         """The network's structure with shapes in place of numbers: for its methods that need none."""
         abstract = self.abstract_model()
-        return nnx.merge(abstract.graph, abstract.params, abstract.buffers)
+        return abstract.merge(abstract.params, abstract.buffers)

@@ -11,8 +11,9 @@ from flax import nnx
 
 from layers import axes
 from maxlike.data.loader import FiniteBatches
-from maxlike.experiment import AbstractModel, Experiment
+from maxlike.experiment import Experiment
 from maxlike.metrics import Mean
+from maxlike.model import AbstractModel, split
 from maxlike.sharding import Layout, state_shardings
 
 
@@ -65,8 +66,7 @@ class Program:
                     state,
                     batch,
                     allow,
-                    graph=self.model.graph,
-                    buffer_rules=self.model.buffer_rules,
+                    model=self.model,
                     objective=experiment.objective,
                     optimizer=self.optimizer,
                 )
@@ -95,7 +95,7 @@ class Program:
     def trained(self, state: dict) -> dict:
         """The parameters to use a model with: the averaged ones where the state has them, in the compute dtype."""
         dtype = jnp.dtype(self.experiment.step.compute_dtype)
-        return jax.tree.map(lambda p: p.astype(dtype), state["ema"] if "ema" in state else state["params"])
+        return self.model.cast(state["ema"] if "ema" in state else state["params"], dtype)
 
     def evaluate(self, state: dict, batches: FiniteBatches) -> dict[str, float]:
         """Metrics over all batches: the averaged parameters where the state has them, no noise."""
@@ -112,11 +112,11 @@ class Program:
 
         def evaluate(params: dict, buffers: dict, batch: dict) -> dict[str, Mean]:
             with axes.place_with(self.layout.activation):
-                return step.loss(params, buffers, batch, None, self.model.graph, objective)[1]
+                return step.loss(params, buffers, batch, None, self.model, objective)[1]
 
         return jax.jit(evaluate, out_shardings=self.layout.replicated)
 
     def _make_state(self, seed: jax.Array) -> dict:
-        _, params, buffers = self.experiment.build(jax.random.key(seed))
+        _, params, buffers = split(self.experiment.model, jax.random.key(seed))
         params, buffers = nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
         return self.experiment.step.init(params, buffers, self.optimizer, seed)

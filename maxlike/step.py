@@ -6,11 +6,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from maxlike.errors import UserError
 from maxlike.guard import Guard
 from maxlike.metrics import Mean
+from maxlike.model import AbstractModel
 
 
 class Step:
@@ -69,15 +69,13 @@ class Step:
         batch: dict[str, jax.Array],
         allow: jax.Array,
         *,
-        graph: Any,
-        buffer_rules: dict,
+        model: AbstractModel,
         objective: Callable,
         optimizer: optax.GradientTransformation,
     ) -> tuple[dict, dict[str, jax.Array]]:
-        """(next state, metrics) of one batch. Where `allow` is false the update is dropped (a rewound bad step).
-        buffer_rules: for each buffer its `rule(value, statistic)`, see `layers.axes.buffer`."""
+        """(next state, metrics) of one batch. Where `allow` is false the update is dropped (a rewound bad step)."""
         key = jax.random.fold_in(jax.random.key(state["seed"]), state["step"])
-        loss, metrics, grads, statistics = self._gradients(state, batch, key, graph, objective)
+        loss, metrics, grads, statistics = self._gradients(state, batch, key, model, objective)
         grads = jax.tree.map(lambda g: g / loss.weight, grads)
         grad_norm = optax.tree.norm(grads)
         if self.clip_norm is not None:
@@ -87,7 +85,7 @@ class Step:
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         statistics = jax.tree.map(lambda s: s / self.micro_batches, statistics)
-        buffers = jax.tree.map(lambda rule, b, s: rule(b, s), buffer_rules, state["buffers"], statistics)
+        buffers = jax.tree.map(lambda rule, b, s: rule(b, s), model.buffer_rules, state["buffers"], statistics)
         changed = {"params": params, "buffers": buffers, "opt": opt}
         if self.ema_decay is not None:
             decay = self.ema_decay
@@ -105,19 +103,18 @@ class Step:
         }
         return state, report
 
-    def loss(self, params: dict, buffers: dict, batch: dict, key: Any, graph: Any, objective: Callable) -> tuple:
+    def loss(self, params: dict, buffers: dict, batch: dict, key: Any, model: AbstractModel, objective) -> tuple:
         """(loss, metrics) of one batch in the compute dtype; key None evaluates without noise."""
-        compute = jnp.dtype(self.compute_dtype)
-        cast = jax.tree.map(lambda p: p.astype(compute) if p.dtype == jnp.float32 else p, params)
-        return objective(nnx.merge(graph, cast, buffers), batch, key)
+        cast = model.cast(params, jnp.dtype(self.compute_dtype))
+        return objective(model.merge(cast, buffers), batch, key)
 
     def _gradients(
-        self, state: dict, batch: dict, key: jax.Array, graph: Any, objective: Callable
+        self, state: dict, batch: dict, key: jax.Array, model: AbstractModel, objective: Callable
     ) -> tuple[Mean, dict[str, Mean], dict, dict]:
         """Summed loss, metrics, gradients and statistics of the buffers over the micro-batches."""
 
         def total(params: dict, buffers: dict, part: dict, key: jax.Array):
-            loss, metrics = self.loss(params, buffers, part, key, graph, objective)
+            loss, metrics = self.loss(params, buffers, part, key, model, objective)
             return loss.total, (loss, metrics)
 
         def summed(part: dict, key: jax.Array) -> tuple[Mean, dict[str, Mean], dict, dict]:

@@ -8,6 +8,7 @@ import pytest
 
 from maxlike import config
 from maxlike.errors import UserError
+from maxlike.model import split
 
 TINY = """# A model for tests.
 from __gin__ import dynamic_registration
@@ -61,14 +62,15 @@ def test_the_operative_configuration_reruns_the_same(tiny, tmp_path):
     second = config.load(str(again))
     assert second.config.operative == first.config.operative
     key = jax.random.key(0)
-    jax.tree.map(lambda a, b: (a == b).all() or pytest.fail("differs"), first.build(key)[1], second.build(key)[1])
+    a, b = split(first.model, key)[1], split(second.model, key)[1]
+    jax.tree.map(lambda a, b: (a == b).all() or pytest.fail("differs"), a, b)
 
 
 def test_two_experiments_in_one_process_do_not_see_each_other(tiny):
     narrow = config.load(str(tiny))
     wide = config.load(str(tiny), bindings=["dim = 32", "steps = 9"])
-    assert narrow.build(jax.random.key(0))[1]["embed"]["table"][...].shape == (2048, 16)
-    assert wide.build(jax.random.key(0))[1]["embed"]["table"][...].shape == (2048, 32)
+    assert split(narrow.model, jax.random.key(0))[1]["embed"]["table"][...].shape == (2048, 16)
+    assert split(wide.model, jax.random.key(0))[1]["embed"]["table"][...].shape == (2048, 32)
     assert (narrow.steps, wide.steps) == (3, 9)
 
 
@@ -96,7 +98,7 @@ def test_a_replaced_class_leaves_its_knobs_behind(tiny):
         ("attention.Attentio.heads = 3", r"attention has no 'Attentio': did you mean 'Attention'"),
         ("attention.Attention.heads = 3.5", r"Attention.heads takes int, got 3.5 \(float\)"),
         ("attention.Attention.heads = True", r"Attention.heads takes int, got True \(bool\)"),
-        ("block.Block.order = 'prex'", r"takes 'pre' or 'post' or 'sandwich' or 'swin', got 'prex'"),
+        ("block.Block.order = 'prex'", r"takes 'pre' or 'post' or 'sandwich' or 'swin' or 'deepnorm', got 'prex'"),
         ("block.Block.norm = 3", r"Block.norm takes Callable, got 3"),
         ("stack.Stack.pattern = (@block.Block, 3)", r"Stack.pattern takes .*, got"),
         ("mlp.GatedMLP.width = %wdth", r"nothing defines the macro %wdth"),

@@ -15,6 +15,7 @@ from layers.context import Context
 from maxlike.errors import UserError
 from maxlike.guard import Guard
 from maxlike.metrics import Mean
+from maxlike.model import AbstractModel, split
 from maxlike.step import Step
 
 
@@ -51,13 +52,16 @@ def batch(seed=0, rows=8, length=6):
     }
 
 
+def begin(network, step, optimizer):
+    """(abstract model, state of step 0)."""
+    _, params, buffers = split(network, jax.random.key(0))
+    state = step.init(nnx.to_pure_dict(params), nnx.to_pure_dict(buffers), optimizer, jnp.uint32(0))
+    return AbstractModel.of(network), state
+
+
 def start(step, optimizer):
-    graph, params, buffers = nnx.split(Bigram(rngs=nnx.Rngs(0)), nnx.Param, axes.Buffer)
-    params, buffers = nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
-    state = step.init(params, buffers, optimizer, jnp.uint32(0))
-    update = jax.jit(
-        functools.partial(step.update, graph=graph, buffer_rules={}, objective=objective, optimizer=optimizer)
-    )
+    model, state = begin(Bigram, step, optimizer)
+    update = jax.jit(functools.partial(step.update, model=model, objective=objective, optimizer=optimizer))
     return state, update
 
 
@@ -188,14 +192,9 @@ class Watched(Bigram):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_buffers_follow_their_rules_with_statistics_of_the_whole_batch(parts):
-    graph, params, buffers = nnx.split(Watched(rngs=nnx.Rngs(0)), nnx.Param, axes.Buffer)
-    rules = nnx.to_pure_dict(buffers, extract_fn=lambda variable: variable.get_metadata("rule"))
-    params, buffers = nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
     step, optimizer = Step(micro_batches=parts), optax.sgd(0.1)
-    state = step.init(params, buffers, optimizer, jnp.uint32(0))
-    update = jax.jit(
-        functools.partial(step.update, graph=graph, buffer_rules=rules, objective=objective, optimizer=optimizer)
-    )
+    model, state = begin(Watched, step, optimizer)
+    update = jax.jit(functools.partial(step.update, model=model, objective=objective, optimizer=optimizer))
     one = batch()
     new, _ = update(state, one, jnp.bool_(True))
     mean = one["inputs"].mean()
@@ -203,3 +202,22 @@ def test_buffers_follow_their_rules_with_statistics_of_the_whole_batch(parts):
     np.testing.assert_array_equal(new["buffers"]["fixed"], np.ones(3))
     dropped, _ = update(state, one, jnp.bool_(False))
     np.testing.assert_array_equal(dropped["buffers"]["seen"], np.zeros((2, 1)))
+
+
+class Mixed(Bigram):
+    """Its table may be rounded, its output matrix not."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        super().__init__(rngs=rngs)
+        self.out = axes.param(rngs, (8, 11), ("embed", "vocab"), exact=True)
+
+    def __call__(self, tokens_BT, ctx: Context):
+        assert self.table[...].dtype == jnp.bfloat16 and self.out[...].dtype == jnp.float32
+        return super().__call__(tokens_BT, ctx)
+
+
+def test_exact_parameters_stay_float32_in_low_precision():
+    step, optimizer = Step(compute_dtype="bfloat16"), optax.sgd(0.1)
+    model, state = begin(Mixed, step, optimizer)
+    new, metrics = step.update(state, batch(), jnp.bool_(True), model=model, objective=objective, optimizer=optimizer)
+    assert new["params"]["table"].dtype == jnp.float32 and np.isfinite(metrics["loss"])
