@@ -215,10 +215,10 @@ def language_model(
     return F(LanguageModel, **sizes, stack=stack, norm=norm, embed=embed, head=head(plain))
 
 
-def sizes_config(net: Structure) -> dict[str, Any]:
-    """Sizes of vocabulary, depth and attention, and the rotary embedding."""
-    dim, heads, head_dim = _three(net.shape("stack/0/mixer/query/kernel"))
-    _, kv_heads, _ = _three(net.shape("stack/0/mixer/key/kernel"))
+def sizes_config(net: Structure, mixer: str = "stack/0/mixer") -> dict[str, Any]:
+    """Sizes of vocabulary, depth and attention, and the rotary embedding; mixer: path of an attention."""
+    dim, heads, head_dim = _three(net.shape(f"{mixer}/query/kernel"))
+    _, kv_heads, _ = _three(net.shape(f"{mixer}/key/kernel"))
     return {
         "vocab_size": net.value("vocab"),
         "hidden_size": dim,
@@ -227,7 +227,7 @@ def sizes_config(net: Structure) -> dict[str, Any]:
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "tie_word_embeddings": not net.has("head/linear/kernel"),
-        **rope_config(net.value("stack/0/mixer/rope")),
+        **rope_config(net.value(f"{mixer}/rope")),
     }
 
 

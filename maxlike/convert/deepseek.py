@@ -48,7 +48,6 @@ LATENT_NORM = F(RMSNorm, eps=1e-6)  # whatever rms_norm_eps says
 class _DeepSeek(Family):
     """Latent attention, dense layers first, then experts of which some all tokens pass."""
 
-    ignored = (*Family.ignored, r"model\.layers\.61\..*")  # V3's prediction of a second token
     tensors = (
         *decoder.EMBEDDINGS,
         *latent_attention(),
@@ -133,7 +132,7 @@ class DeepseekV2(_DeepSeek):
 class DeepseekV3(_DeepSeek):
     """DeepSeek-V3 (arXiv 2412.19437): sigmoid scores, a selection bias that balances, groups by their two best.
 
-    The module that predicts a second token (layer 61) is left behind.
+    The module that predicts a second token, a layer behind the last, is left behind.
     """
 
     architectures = ("DeepseekV3ForCausalLM",)
@@ -142,6 +141,9 @@ class DeepseekV3(_DeepSeek):
         *_DeepSeek.tensors,
         Rule(f"{decoder.LAYER}mlp.gate.e_score_correction_bias", f"{decoder.OURS}ffn/router/bias", BIAS),
     )
+
+    def unused(self, net: Structure) -> tuple[str, ...]:
+        return (*self.ignored, rf"model\.layers\.{net.depth()}\..*")
 
     def router(self, config: ConfigJson, top_k: int) -> Callable:
         config.expect("scoring_func", "sigmoid")

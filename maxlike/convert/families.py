@@ -13,10 +13,12 @@ from maxlike.convert.family import Family
 from maxlike.convert.glm import Glm, Glm4
 from maxlike.convert.gpt2 import Gpt2
 from maxlike.convert.llama import Llama, Mistral
+from maxlike.convert.longcat_flash import LongcatFlash
 from maxlike.convert.mamba2 import Mamba2
 from maxlike.convert.mixtral import Mixtral
 from maxlike.convert.modernbert import ModernBert
 from maxlike.convert.qwen import Qwen2, Qwen3
+from maxlike.convert.qwen3_next import Qwen3Next
 from maxlike.convert.qwen_moe import Qwen2Moe, Qwen3Moe
 from maxlike.convert.starcoder2 import Starcoder2
 from maxlike.convert.structure import Cannot
@@ -26,7 +28,7 @@ from maxlike.errors import UserError
 # In this order an export tries them: the plainest class that expresses a network exactly is the one it is written as.
 FAMILIES: tuple[Family, ...] = (
     Llama(), Mistral(), Qwen2(), Qwen3(), Starcoder2(), Glm(), Glm4(), Gpt2(), Bert(),
-    Mixtral(), Qwen2Moe(), Qwen3Moe(), DeepseekV2(), DeepseekV3(),
+    Mixtral(), Qwen2Moe(), Qwen3Moe(), DeepseekV2(), DeepseekV3(), LongcatFlash(), Qwen3Next(),
     Mamba2(), ModernBert(), T5(),
 )  # fmt: skip
 

@@ -27,6 +27,10 @@ class Family:
     prefix: ClassVar[str] = ""
     length_key: ClassVar[str | None] = "max_position_embeddings"
 
+    def unused(self, net: Structure) -> tuple[str, ...]:
+        """Patterns of tensors that files may hold and that are no parameters of this network."""
+        return self.ignored
+
     def network(self, config: ConfigJson) -> Callable[..., Any]:
         """The factory of the network, called with rngs=. Takes every key that matters; refuses by name what our layers
         cannot express. Inner factories are functools.partial of classes of `layers`."""

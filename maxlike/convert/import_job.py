@@ -68,7 +68,7 @@ def import_weights(experiment: Experiment, run_dir: pathlib.Path, *, source: str
             _keep(where, run)
             if experiment.config is not None:
                 run.write_text("config.gin", experiment.config.text())
-        left = sorted(set(files.leaves) - set(without(files.leaves, family.ignored)))
+        left = sorted(set(files.leaves) - set(without(files.leaves, family.unused(net))))
         if left:
             print(f"no part of the network, left behind: {', '.join(left[:8])}{' ...' if len(left) > 8 else ''}")
     numbers = sum(leaf.size for leaf in jax.tree.leaves(program.model.params))

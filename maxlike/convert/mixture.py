@@ -69,9 +69,10 @@ def sparse(net: Structure) -> list[bool]:
     return found
 
 
-def sizes_config(net: Structure, layer: int) -> dict[str, Any]:
-    """Keys of vocabulary, depth and attention, and of the feed-forward of a layer with experts but its sizes."""
-    return decoder.sizes_config(net) | {
+def sizes_config(net: Structure, layer: int, mixer: str = "stack/0/mixer") -> dict[str, Any]:
+    """Keys of vocabulary, depth and attention (at the path `mixer`), and of the feed-forward of a layer with experts
+    but its sizes."""
+    return decoder.sizes_config(net, mixer) | {
         "hidden_act": decoder.activation_config(net, f"stack/{layer}/ffn/experts/activation"),
         "rms_norm_eps": net.value("norm/eps"),
         "num_experts_per_tok": net.value(f"stack/{layer}/ffn/router/top_k"),

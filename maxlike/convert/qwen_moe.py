@@ -124,12 +124,12 @@ def network(config: ConfigJson, mixers: list[Any], attention: Callable, ffn: Cal
     return decoder.language_model(config, layers, norm, block=block)
 
 
-def experts_config(net: Structure) -> dict[str, Any]:
-    """The keys that `kinds` and `feed_forward` read, and the decoder's."""
+def experts_config(net: Structure, mixer: str = "stack/0/mixer") -> dict[str, Any]:
+    """The keys that `kinds` and `feed_forward` read, and the decoder's; mixer: path of an attention."""
     sparse = mixture.sparse(net)
     layer, dense = sparse.index(True), [i for i, found in enumerate(sparse) if not found]
     count, _, width = net.shape(f"stack/{layer}/ffn/experts/gate")
-    return mixture.sizes_config(net, layer) | {
+    return mixture.sizes_config(net, layer, mixer) | {
         "num_experts": count,
         "moe_intermediate_size": width,
         "intermediate_size": net.shape(f"stack/{dense[0]}/ffn/gate/kernel")[1] if dense else width,

@@ -31,7 +31,7 @@ def load(files: TensorFiles, family: Family, net: Structure, abstract: dict[str,
     for name, tensor in expand(family.tensors, net).items():
         name, added = _name(files, family, name), _name(files, family, tensor.added)
         tensors[name] = dataclasses.replace(tensor, name=name, added=added)
-    _check(files, family, tensors)
+    _check(files, family, net, tensors)
     places: dict[str, dict[tuple[int, ...], Place]] = {}
     for tensor in tensors.values():
         for part, slot in enumerate(tensor.slots):
@@ -96,8 +96,8 @@ def _name(files: TensorFiles, family: Family, name: str) -> str:
     return short if name not in files.leaves and short in files.leaves else name
 
 
-def _check(files: TensorFiles, family: Family, tensors: dict[str, Tensor]) -> None:
-    there = {name: files.leaves[name] for name in tensor_files.without(files.leaves, family.ignored)}
+def _check(files: TensorFiles, family: Family, net: Structure, tensors: dict[str, Tensor]) -> None:
+    there = {name: files.leaves[name] for name in tensor_files.without(files.leaves, family.unused(net))}
     for twice, once in family.tied.items():
         twice, once = _name(files, family, twice), _name(files, family, once)
         if twice in there and twice not in tensors and once in there:

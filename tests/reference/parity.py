@@ -27,7 +27,7 @@ SHAPE = {
 }  # fmt: skip
 
 
-def build(kind: str, knobs: dict, std: float = 0.3):
+def build(kind: str, knobs: dict, std: float):
     """A model with random weights, gains, offsets and selection biases."""
     config = getattr(transformers, f"{kind}Config")(**{**NO_TOKENS, **knobs}, attn_implementation="eager")
     torch.manual_seed(0)
@@ -41,16 +41,16 @@ def randomise(model, std: float) -> None:
     with torch.no_grad():
         for path, weight in model.named_parameters():
             gain = weight.ndim == 1 and path.endswith("weight")
-            weight.copy_(torch.randn_like(weight) * std + (1.0 if gain else 0.0))
+            weight.copy_(torch.randn_like(weight) * std + (weight.mean() if gain else 0.0))  # gains start at 1, or at 0
         for path, bias in model.named_buffers():
             if path.endswith("e_score_correction_bias"):
                 bias.copy_(torch.randn_like(bias) * std)
 
 
-def reference(kind: str, knobs: dict, directory: pathlib.Path, *, cached: bool = True):
+def reference(kind: str, knobs: dict, directory: pathlib.Path, *, cached: bool = True, std: float = 0.3):
     """(tokens with 64 greedy ones behind them, logits) of a random model, which is saved. cached: whether they come
-    out of its cache."""
-    model = build(kind, knobs)
+    out of its cache. std: of the weights; where a rounding grows too much on its way, a smaller one."""
+    model = build(kind, knobs, std)
     model.save_pretrained(directory)
     prompt = torch.tensor(np.random.default_rng(1).integers(0, VOCAB, (2, T)))
     tokens = model.generate(prompt, max_new_tokens=NEW, do_sample=False, use_cache=cached)
@@ -102,9 +102,9 @@ def reloaded(out: pathlib.Path, auto: str = "AutoModelForCausalLM"):
     return loaded.eval()
 
 
-def agree(name: str, kind: str, knobs: dict, tmp_path: pathlib.Path, record_property, **how) -> None:
+def agree(name: str, kind: str, knobs: dict, tmp_path: pathlib.Path, record_property, complete=None, **how) -> None:
     """The same logits along the greedy continuation of `transformers`, whose every token they choose too; and what is
-    exported is the same model there."""
+    exported is the same model there. complete: what must be done to the export's directory first."""
     tokens, logits = reference(kind, knobs, tmp_path / "theirs", **how)
     family, graph, params, net = imported(tmp_path / "theirs")
     found = np.asarray(run(graph, params, tokens))
@@ -112,5 +112,8 @@ def agree(name: str, kind: str, knobs: dict, tmp_path: pathlib.Path, record_prop
     record_property(f"worst {name}", worst)
     assert worst <= 1e-4
     assert np.array_equal(found[:, T - 1 : -1].argmax(-1), tokens[:, T:])
-    again = reloaded(exported(net, params, family.model_type, tmp_path / "ours"))
+    out = exported(net, params, family.model_type, tmp_path / "ours")
+    if complete is not None:
+        complete(out)
+    again = reloaded(out)
     assert np.abs(logits_of(again, tokens) - logits).max() <= 1e-5
