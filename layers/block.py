@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from layers.context import Context, ReadsPrefix
+from layers.context import Context, ReadsFuture, ReadsPrefix
 
 Aux = dict[str, jax.Array]
 
@@ -90,6 +90,8 @@ class Block(nnx.Module):
         return x_BTD, join({"mixer": mixer_aux, "ffn": ffn_aux})
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
+        if isinstance(self.ffn, ReadsFuture):
+            self.ffn.check_decoding()
         return self.mixer.init_cache(batch, length, dtype)
 
     def extend(self, x_BTD: jax.Array, cache: Any, ctx: Context) -> tuple[jax.Array, Any]:

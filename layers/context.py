@@ -11,6 +11,14 @@ class ReadsPrefix:
     """Marks a mixer that honours `Context.prefix_BT`. Block refuses a prefix on any other: it would be ignored."""
 
 
+class ReadsFuture:
+    """Marks a feed-forward whose output for a token may depend on later ones. Block asks it before it makes a cache."""
+
+    def check_decoding(self) -> None:
+        """Raises ValueError, naming the knob, where it cannot work token by token."""
+        raise ValueError(f"{type(self).__name__} cannot decode: what it does with a token depends on later ones")
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["tokens_BS", "positions_BS", "segments_BS"], meta_fields=[]
 )

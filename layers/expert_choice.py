@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers import axes
-from layers.context import Context
+from layers.context import Context, ReadsFuture
 from layers.moe import real_tokens
 
 
-class ExpertChoice(nnx.Module):
+class ExpertChoice(nnx.Module, ReadsFuture):
     """Each expert takes the C tokens of a row that score highest for it (Zhou et al. 2022, arXiv 2202.09368): perfect
     balance without a loss; a token visits between none and all experts.
 
@@ -57,9 +57,7 @@ class ExpertChoice(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         if ctx.decoding:
-            raise ValueError(
-                "ExpertChoice cannot decode: which tokens an expert takes depends on tokens that do not exist yet"
-            )
+            self.check_decoding()
         B, T, D = x_BTD.shape
         E, C = self.experts.count, self._capacity(T)
         real_BT = real_tokens(ctx)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from layers import axes, selection
 from layers.auxiliary_router import agreement, router_product
-from layers.context import Context
+from layers.context import Context, ReadsFuture
 from layers.experts import Experts
 
 
@@ -101,7 +101,7 @@ class ExpertGroup(nnx.Module):
         return Routed(y_SND, jnp.sum(fires_SNE, 2), load_E, jnp.sum(load_E), {})
 
 
-class ModalityMoE(nnx.Module):
+class ModalityMoE(nnx.Module, ReadsFuture):
     """Expert choice inside groups of experts, one group a modality (MoMa: Lin et al. 2024, arXiv 2407.21770, sections
     2.2 and 2.3; expert choice: Zhou et al. 2022, arXiv 2202.09368).
 
@@ -203,12 +203,16 @@ class ModalityMoE(nnx.Module):
             raise ValueError(f"ModalityMoE.routing_scope={size} does not divide a batch of {rows} rows")
         return rows // size
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
-        if ctx.decoding and not self.causal:
+    def check_decoding(self) -> None:
+        if not self.causal:
             raise ValueError(
                 "ModalityMoE.auxiliary is None: expert choice compares a token with later ones, which decoding does "
                 "not have; train auxiliary routers (objective AuxiliaryRouters) and decode with them"
             )
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if ctx.decoding:
+            self.check_decoding()
         B, T, D = x_BTD.shape
         by_auxiliary = ctx.decoding or (self.evaluation == "auxiliary" and not ctx.train)
         S = B if by_auxiliary else self._scopes(B)

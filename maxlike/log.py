@@ -108,7 +108,7 @@ class Log:
         if self._pending is None:
             return
         (step, metrics, began), self._pending = self._pending, None
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         # A step runs from its dispatch, or from the end of the one before, to the moment its metrics can be read.
         now = time.monotonic()
         elapsed = now - max(self._read_at, began)

@@ -104,7 +104,8 @@ class Program:
         for batch in batches.iterate(host=jax.process_index(), hosts=jax.process_count()):
             means = self._evaluate(params, state["buffers"], self.put(batch))
             sums = means if sums is None else jax.tree.map(jnp.add, sums, means)
-        return {name: float(mean.value()) for name, mean in jax.device_get(sums).items()}
+        values = {name: mean.value() for name, mean in jax.device_get(sums).items()}
+        return {name: float(value) for name, value in values.items() if not np.ndim(value)}
 
     @functools.cached_property
     def _evaluate(self):

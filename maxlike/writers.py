@@ -11,7 +11,7 @@ from absl import logging
 from maxlike.events import Events
 from maxlike.run_dir import RunDirectory
 
-Value = float | int | str | None
+Value = float | int | str | list[float] | None
 
 
 class MetricsWriter:
@@ -30,13 +30,17 @@ class MetricsWriter:
         self._events = Events(run.events, say)
 
     def write(self, step: int, split: Literal["train", "validation"], values: dict[str, Value]) -> None:
-        """One line. Values are numbers, text or None; what is not finite is written as null (JSON has no NaN)."""
+        """One line. Values are numbers, lists of them (one a layer), text or None; what is not finite is written as
+        null (JSON has no NaN). TensorBoard gets one curve for each number of a list."""
         record = {"step": int(step), "split": split} | {name: _json_value(value) for name, value in values.items()}
         self._waiting.append(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._flush()
-        scalars = {
-            f"{split}/{name}": float(x) for name, x in values.items() if x is not None and not isinstance(x, str)
-        }
+        scalars = {}
+        for name, value in values.items():
+            if isinstance(value, list):
+                scalars |= {f"{split}/{name}/{index:02}": float(x) for index, x in enumerate(value)}
+            elif value is not None and not isinstance(value, str):
+                scalars[f"{split}/{name}"] = float(value)
         self._events.write(step, scalars)
 
     def truncate(self, step: int) -> None:
@@ -76,6 +80,8 @@ class MetricsWriter:
 
 
 def _json_value(value: Value) -> Value:
+    if isinstance(value, list):
+        return [_json_value(x) for x in value]
     if value is None or isinstance(value, str | int):
         return value
     number = float(value)  # also of NumPy and jax scalars

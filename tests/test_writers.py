@@ -44,8 +44,11 @@ def test_a_line_is_on_disk_when_write_returns_and_is_strict_json(run):
     assert records(run) == [{"step": 1, "split": "train", "loss": 1.5, "tokens": 3.0, "grad_norm": None, "x": None}]
     writer.write(1, "validation", {"loss": 2, "note": "text", "none": None})
     assert records(run)[1] == {"step": 1, "split": "validation", "loss": 2, "note": "text", "none": None}
+    writer.write(2, "train", {"load/each": [1.0, float("inf")]})
+    assert records(run)[2] == {"step": 2, "split": "train", "load/each": [1.0, None]}
     writer.close()
     assert ("train/loss", 1, 1.5) in events(run)
+    assert ("train/load/each/00", 2, 1.0) in events(run)
     assert ("validation/loss", 1, 2.0) in events(run)
 
 

@@ -37,7 +37,8 @@ def context_of(batch: dict[str, jax.Array], key: jax.Array | None) -> Context:
 
 def read_aux(aux: Any, tokens: jax.Array, owner: str = "layers") -> tuple[jax.Array, dict[str, Mean]]:
     """(losses, metrics) of what layers report: their losses summed, over `tokens` weighted tokens, for the objective;
-    everything by name under `owner`, losses summed over layers and the rest averaged."""
+    everything by name under `owner`, losses summed over layers and the rest averaged; the
+    rest also for each layer, shallow first, as a vector under NAME/each where several layers report it."""
     losses, metrics = jnp.zeros((), jnp.float32), {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(aux)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -46,6 +47,13 @@ def read_aux(aux: Any, tokens: jax.Array, owner: str = "layers") -> tuple[jax.Ar
             value = jnp.sum(value)
             losses = losses + value * tokens
         else:
+            if value.ndim and value.shape[0] > 1:
+                metrics[f"{owner}/{name}/each"] = Mean(jax.lax.stop_gradient(_by_layer(value)) * tokens, tokens)
             value = jnp.mean(value)
         metrics[f"{owner}/{name}"] = Mean(jax.lax.stop_gradient(value) * tokens, tokens)
     return losses, metrics
+
+
+def _by_layer(value: jax.Array) -> jax.Array:
+    """Means over all but the leading axis."""
+    return jnp.mean(jnp.reshape(value, (value.shape[0], -1)), 1)

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from maxlike import config
 from maxlike.decode.cache_size import CacheSize, cache_size
 from tests import tiny
 
@@ -21,3 +22,8 @@ def test_a_window_is_a_state_of_its_own_size():
 
 def test_a_network_that_sees_the_future_has_no_cache():
     assert "Attention.causal=False" in cache_size(tiny.load("attention.Attention.causal = False")).refusal
+
+
+def test_experts_that_choose_tokens_have_none_without_auxiliary_routers():
+    assert "ModalityMoE.auxiliary is None" in cache_size(config.load("families/moma")).refusal
+    assert cache_size(config.load("families/moma_routers")).refusal is None
