@@ -279,13 +279,14 @@ class RVQ(nnx.Module):
         for number, book in enumerate(self.book):
             codes_KD = book.codes()
             ids.append(nearest(residual, codes_KD))
-            e = jnp.take(codes_KD, ids[-1], axis=0) * (number < used)
+            e = jnp.take(codes_KD, ids[-1], axis=0)
             # z minus the codes so far is the residual, with z's gradient.
             loss = loss + book.beta * jnp.mean(jnp.square(z32 - total - e) * (number < used))
             if key is not None:
                 flat = residual.reshape(-1, self.dim)
                 y = book.observe(y, flat, ids[-1].reshape(-1), jax.random.fold_in(key, number))
-            total, residual = total + e, residual - e
+            # A book learns what the books before it leave over, whichever of them the sample's output uses.
+            total, residual = total + e * (number < used), residual - e
         return straight_through(y, total).astype(z.dtype), jnp.stack(ids, -1), {"loss": loss}
 
     def _used(self, z: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -198,6 +198,16 @@ def test_dropped_books_are_left_out_by_sample():
     assert (is_two | is_three).all() and is_two.any() and is_three.any()
 
 
+def test_dropout_changes_no_codebook():
+    """What a book stands for is what the books before it leave over, also for samples that go without it."""
+    z = jax.random.normal(KEY, (16, 3, 2))
+    make = F(RVQ, books=3, book=F(VQEMA, size=8, dim=2))
+    whole, dropped = make(rngs=rngs()), make(dropout=1.0, min_books=1, rngs=rngs())
+    np.testing.assert_array_equal(dropped(z, KEY)[1], whole(z, KEY)[1])
+    for ours, theirs in zip(*(jax.tree.leaves(gradients(rvq, z)[2]) for rvq in (dropped, whole)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "word"),
     [
