@@ -16,7 +16,7 @@ SMALL = 64  # below this many channels a group norm has 8 groups instead of 32
 class Convolution(nnx.Module):
     """A 3 x 3 convolution [B, H, W, inputs] -> [B, H / stride, W / stride, outputs] with offset, "same" padding.
 
-    The kernel's axes are ("taps", input_axis, output_axis).
+    The kernel's axes are ("taps", input_axis, output_axis). Computes in the kernel's dtype.
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class Convolution(nnx.Module):
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         kernel = self.kernel[...].reshape(KERNEL, KERNEL, self.inputs, self.outputs)
         strides = (self.stride, self.stride)
-        y = jax.lax.conv_general_dilated(x_BHWC, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x_BHWC.astype(kernel.dtype), kernel, strides, "SAME", dimension_numbers=layout)
         return y + self.bias[...]
 
     def flops(self) -> float:
@@ -46,7 +47,8 @@ class Convolution(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Normalises each of 32 groups of channels (8 below 64) of a picture [B, H, W, C] (arXiv 1803.08494)."""
+    """Normalises each of 32 groups of channels (8 below 64; the greatest common divisor with the channels where they do
+    not divide) of a picture [B, H, W, C] (arXiv 1803.08494)."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.groups = math.gcd(channels, 8 if channels < SMALL else 32)

@@ -1,7 +1,8 @@
 """ImageTokenizer: pictures to ids and back, with a strictly local encoder and decoder (`image_convolutions.py` has the
 convolutional ones).
 
-Pictures are [B, S, S, 3] (batch, rows, columns, channels) in [-1, 1]; latents are [B, s, s, d], s = S / factor.
+Pictures are [B, S, S, 3] (batch, rows, columns, channels) in [-1, 1]; latents are [B, s, s, d], s = S / factor. Encoders
+and decoders compute in the dtype of their parameters, whatever that of the pictures and the codes.
 """
 
 import dataclasses
@@ -129,7 +130,7 @@ class PatchEncoder(nnx.Module):
         self.code = Linear((width,), (dim,), ("embed",), ("code",), bias=True, rngs=rngs)
 
     def __call__(self, pixels_BSSC: jax.Array) -> jax.Array:
-        h = self.embed(to_patches(pixels_BSSC, self.factor))
+        h = self.embed(to_patches(pixels_BSSC, self.factor).astype(self.embed.kernel.dtype))
         for layer in self.layers:
             h = layer(jax.nn.silu(h))
         return self.code(self.norm(h))
@@ -149,7 +150,7 @@ class PatchDecoder(nnx.Module):
         self.pixels = Linear((width,), (factor**2 * CHANNELS,), ("embed",), ("patch",), bias=True, rngs=rngs)
 
     def __call__(self, zq: jax.Array) -> jax.Array:
-        h = self.embed(zq)
+        h = self.embed(zq.astype(self.embed.kernel.dtype))
         for layer in self.layers:
             h = layer(jax.nn.silu(h))
         return from_patches(self.pixels(jax.nn.silu(h)), self.factor)

@@ -60,6 +60,15 @@ def test_ids_and_pictures_go_both_ways(kind):
     assert 0.2 < float(jnp.std(z)) < 3, "latents begin near unit variance, where tanh is not saturated"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dtype_of_the_parameters_is_computed_in(kind):
+    graph, params = nnx.split(build(kind))
+    low = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    z = low.encoder(pictures())
+    assert z.dtype == low(pictures()).pixels_BSSC.dtype == low.decode(low.encode(pictures())).dtype == jnp.bfloat16
+    np.testing.assert_allclose(z.astype(jnp.float32), build(kind).encoder(pictures()), atol=0.1)
+
+
 def test_a_patch_sees_itself_alone():
     model, x = build(), pictures(1)
     ids = model.encode(x)[0].reshape(4, 4)
