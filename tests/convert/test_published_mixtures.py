@@ -140,3 +140,21 @@ def test_an_experiment_is_the_network_of_the_checkpoint(name):
 def test_the_published_size_comes_out(name):
     expected, values = SIZES[name]
     assert size(network(values)) == expected
+
+
+def test_what_only_training_knows_is_no_difference():
+    """Losses, jitter, capacity and the rule of a bias; but dropping tokens in evaluation is one."""
+    imports = ["import layers.balance", "import layers.dispatch"]
+
+    def table(name, *bindings):
+        experiment = structure.Structure(config.load(f"published/{name}", bindings=[*imports, *bindings]).bare())
+        return structure.difference(network(PUBLISHED[name][1]), experiment, ("config.json", "experiment"))
+
+    capacity = "moe.MoE.dispatch = @layers.dispatch.Capacity"
+    losses = "moe.MoE.losses = (@balance.LoadBalance, @layers.balance.ZLoss)"
+    assert table("mixtral_8x7b", losses, capacity, "routers.TopK.jitter = 0.1") is None
+    assert "Capacity.evaluation_factor" in table(
+        "mixtral_8x7b", capacity, "layers.dispatch.Capacity.evaluation_factor = 1.0"
+    )
+    assert table("deepseek_v3", "balance.SignBias.rate = 0.01") is None
+    assert "router/bias" in table("deepseek_v3", "routers.TopK.bias = None")
