@@ -12,6 +12,7 @@ from layers.attention_gate import gated
 from layers.cache import real, write
 from layers.context import Context, ReadsPrefix
 from layers.linear import Linear
+from layers.rope import rotary
 from layers.rope2d import RoPE2D
 
 
@@ -80,7 +81,7 @@ class Attention(nnx.Module, ReadsPrefix):
         self.key = Linear((dim,), (G, K), ("embed",), ("kv_heads", "head_dim"), **kv)
         self.value = Linear((dim,), (G, K), ("embed",), ("kv_heads", "head_dim"), std=std, **kv)
         self.out = Linear((H, K), (dim,), ("heads", "head_dim"), ("embed",), bias=out_bias, std=out_std, rngs=rngs)
-        self.rope = None if rope is None else rope(K)
+        self.rope = rotary("Attention", rope, K)
         self.query_norm = None if qk_norm is None else qk_norm(K, rngs=rngs)
         self.key_norm = None if qk_norm is None else qk_norm(K, rngs=rngs)
         self.sinks = axes.param(rngs, (H,), ("heads",), axes.normal(0.02)) if sinks else None

@@ -1,8 +1,8 @@
 """ImageTokenizer: pictures to ids and back, with a strictly local encoder and decoder (`image_convolutions.py` has the
 convolutional ones).
 
-Pictures are [B, S, S, 3] (batch, rows, columns, channels) in [-1, 1]; latents are [B, s, s, d], s = S / factor. Encoders
-and decoders compute in the dtype of their parameters, whatever that of the pictures and the codes.
+Pictures are [B, S, S, 3] (batch, rows, columns, channels) in [-1, 1]; latents are [B, s, s, d], s = S / factor.
+Encoders and decoders compute in the dtype of their parameters, whatever that of the pictures and the codes.
 """
 
 import dataclasses

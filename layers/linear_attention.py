@@ -91,7 +91,7 @@ class LightningAttention(nnx.Module):
         project = functools.partial(Linear, (dim,), (H, K), ("embed",), ("heads", "head_dim"), rngs=rngs)
         self.query, self.key, self.value = project(), project(), project()
         self.gate = project() if gate else None
-        self.lrpe = None if lrpe is None else lrpe(H, K, rngs=rngs)
+        self.lrpe = None if lrpe is None else _lrpe(lrpe, H, K, rngs)
         self.norm = norm(H * K, rngs=rngs)
         self.out = Linear((H, K), (dim,), ("heads", "head_dim"), ("embed",), rngs=rngs)
 
@@ -146,3 +146,13 @@ class LightningAttention(nnx.Module):
         parts = [self.query, self.key, self.value, self.out] + ([] if self.gate is None else [self.gate])
         mixing = recurrence.flops_per_token(length, heads=self.heads, state=self.state_dim, value=self.head_dim)
         return math.fsum(part.flops_per_token() for part in parts) + mixing
+
+
+def _lrpe(lrpe: Callable, heads: int, head_dim: int, rngs: nnx.Rngs) -> Any:
+    try:
+        return lrpe(heads, head_dim, rngs=rngs)
+    except TypeError as error:
+        raise ValueError(
+            f"LightningAttention.lrpe makes no embedding of {heads} heads of {head_dim} ({str(error).splitlines()[0]}): "
+            "use LRPE or None; RoPE is for softmax attention and Retention"
+        ) from error

@@ -11,6 +11,7 @@ from layers.attention_gate import gated
 from layers.cache import real, write
 from layers.context import Context
 from layers.linear import Linear
+from layers.rope import rotary
 from layers.rope2d import RoPE2D
 
 
@@ -97,7 +98,7 @@ class MLA(nnx.Module):
         has_query_norm = latent_norm is not None and query_rank is not None
         self.query_norm = latent_norm(query_rank, rngs=rngs) if has_query_norm else None
         self.latent_norm = None if latent_norm is None else latent_norm(kv_rank, rngs=rngs)
-        self.rope = rope(rope_dim)
+        self.rope = rotary("MLA", rope, rope_dim)
         if isinstance(self.rope, RoPE2D):
             raise ValueError("MLA.rope=RoPE2D needs blocks of a filled-in blank, which MLA does not read: use RoPE")
         self.gate = None if gate is None else gate(dim, H, G, value_dim, rngs=rngs)

@@ -15,7 +15,7 @@ from layers.cache import real
 from layers.context import Context
 from layers.linear import Linear
 from layers.norm import RMSNorm
-from layers.rope import RoPE
+from layers.rope import RoPE, rotary
 
 HEAD_NORM = functools.partial(RMSNorm, gain="none")
 
@@ -60,7 +60,7 @@ class Retention(nnx.Module):
         self.key = Linear((dim,), (H, N), ("embed",), head_axes, rngs=rngs)
         self.value = Linear((dim,), (H, K), ("embed",), head_axes, rngs=rngs)
         self.gate = Linear((dim,), (H, K), ("embed",), head_axes, rngs=rngs)
-        self.rope = None if rope is None else rope(N)
+        self.rope = rotary("Retention", rope, N)
         self.norm = norm(K, rngs=rngs)
         self.out = Linear((H, K), (dim,), head_axes, ("embed",), rngs=rngs)
 

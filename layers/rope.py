@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -193,3 +193,16 @@ class RoPE:
         angle = positions_BT[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
         cos, sin = (jnp.cos(angle) * factor).astype(x.dtype), (jnp.sin(angle) * factor).astype(x.dtype)
         return _rotate(x, cos, sin, self.layout)
+
+
+def rotary(owner: str, rope: Callable | None, head_dim: int) -> Any:
+    """The rotary embedding of a mixer's heads, or None. Raises ValueError where the factory makes none of a head_dim."""
+    if rope is None:
+        return None
+    try:
+        return rope(head_dim)
+    except TypeError as error:
+        raise ValueError(
+            f"{owner}.rope makes no rotary embedding of head_dim={head_dim} ({str(error).splitlines()[0]}): use RoPE or "
+            "None; LRPE is for LightningAttention.lrpe alone"
+        ) from error

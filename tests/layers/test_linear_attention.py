@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from layers.attention import Attention
 from layers.block import Block
 from layers.context import Context
 from layers.delta_net import DeltaNet
@@ -16,6 +17,7 @@ from layers.gated_linear_attention import GatedLinearAttention
 from layers.language_model import LanguageModel
 from layers.linear_attention import LightningAttention, SimpleRMSNorm, alibi_slopes
 from layers.lrpe import LRPE
+from layers.mla import MLA
 from layers.mlp import GatedMLP
 from layers.retention import Retention
 from layers.rope import RoPE
@@ -187,6 +189,10 @@ def test_the_cache_does_not_grow():
         (LightningAttention, {"heads": 4, "decay": "learned"}, "decay='learned'"),
         (LightningAttention, {"heads": 4, "features": "relu"}, "features='relu'"),
         (LightningAttention, {"heads": 4, "lrpe": functools.partial(LRPE, base=0.0)}, "base=0.0"),
+        (LightningAttention, {"heads": 4, "lrpe": RoPE}, "LightningAttention.lrpe .* use LRPE"),
+        (Retention, {"heads": 4, "rope": LRPE}, "Retention.rope .* use RoPE"),
+        (Attention, {"heads": 4, "rope": LRPE}, "Attention.rope .* use RoPE"),
+        (MLA, {"heads": 4, "kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 4, "rope": LRPE}, "MLA.rope"),
         (Retention, {"heads": 5}, "heads=5"),
         (Retention, {"heads": 16}, "rotates 1"),
         (Retention, {"heads": 4, "value_ratio": 0}, "value_ratio=0"),
