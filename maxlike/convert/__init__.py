@@ -30,5 +30,7 @@ something refuses the export and names it. A tensor that is missing, left over o
 
 A path of `tensors` names layers by depth, `stack/{i}/mixer/query/kernel`, however the experiment groups them into
 prefix, pattern and suffix. `{e}` in a tensor's name, with none in the path, stands for the parameter's first dimension:
-experts that are one array here and one tensor each there.
+experts that are one array here and one tensor each there. Where layers of one network hold different things under one
+path, `Rule.where` tells them apart. Buffers are imported and exported as parameters are, where a rule names them. What
+weights do not tell, such as the losses of a router, is no difference between two networks: `structure.INERT` lists it.
 """

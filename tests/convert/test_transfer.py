@@ -20,7 +20,7 @@ from layers.rope import LinearScaling, NTKScaling, RoPE
 from layers.stack import Stack
 from maxlike import checkpoint_tree
 from maxlike.convert import decoder, export_job, families, structure, transfer
-from maxlike.convert.forms import Flat, Fused, Matrix, Same, Transposed
+from maxlike.convert.forms import ByHead, Flat, Fused, Matrix, Same, Shifted, Taps, Transposed
 from maxlike.convert.structure import Cannot, Structure
 from maxlike.convert.tensor_files import TensorFiles
 from maxlike.errors import UserError
@@ -47,12 +47,31 @@ def load(directory, factory, sharding=None):
     return family, net, transfer.load(TensorFiles(directory), family, net, abstract)
 
 
-@pytest.mark.parametrize("form", [Flat(), Matrix(), Matrix(2), Transposed(), Transposed(2)])
+@pytest.mark.parametrize("form", [Flat(), Matrix(), Matrix(2), Transposed(), Transposed(2), Taps(), Shifted()])
 def test_forms_invert(form):
     array = np.arange(24.0).reshape(2, 3, 4)
     stored = form.store((array,))
     assert stored.shape == form.shape((array.shape,))
     np.testing.assert_array_equal(form.load(stored, (array.shape,))[0], array)
+
+
+def test_kernels_that_share_heads_lie_head_by_head():
+    arrays = (
+        np.arange(24.0).reshape(2, 3, 4),
+        100 + np.arange(12.0).reshape(2, 3, 2),
+        200 + np.arange(6.0).reshape(2, 3),
+    )
+    shapes = tuple(array.shape for array in arrays)
+    stored = ByHead().store(arrays)
+    assert stored.shape == ByHead().shape(shapes) == (21, 2)
+    for array, back in zip(arrays, ByHead().load(stored, shapes), strict=True):
+        np.testing.assert_array_equal(back, array)
+    np.testing.assert_array_equal(stored[7:14, 1], [16, 17, 18, 19, 108, 109, 204])  # the second head, of input 1
+    halves = arrays[2].reshape(2, 3), arrays[1][:, :, 0]
+    np.testing.assert_array_equal(ByHead(groups=1).store(halves)[:, 0], [200, 201, 202, 100, 102, 104])
+    offsets = arrays[0][0], arrays[1][0]
+    assert ByHead(inputs=0).shape(tuple(x.shape for x in offsets)) == (18,)
+    np.testing.assert_array_equal(ByHead(inputs=0).store(offsets)[:6], [0, 1, 2, 3, 100, 101])
 
 
 @pytest.mark.parametrize("form", [Fused(Transposed()), Fused(Matrix(), axis=1), Fused(Flat()), Fused(Same())])

@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,6 +15,8 @@ from maxlike import checkpoint_tree
 from maxlike.convert import export_job, families, transfer
 from maxlike.convert.structure import Structure
 from maxlike.convert.tensor_files import TensorFiles
+from maxlike.decode.loop import generate
+from maxlike.decode.sampling import Sampling, SamplingRows
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -82,6 +85,18 @@ def run(graph, params, tokens):
     return model.logits(model(tokens, Context.of(tokens)).hidden_BTD)
 
 
+def decoded(graph, params, tokens) -> np.ndarray:
+    """The 64 tokens that our own loop makes of the prompts, greedily, out of its cache."""
+
+    @jax.jit
+    def decode(params, prompt):
+        sampling = SamplingRows.of([Sampling(temperature=0.0)] * 2)
+        rows = (jnp.full(2, T), sampling, jnp.full(2, NEW), jnp.array([-1]), jax.random.key(0))
+        return generate(nnx.merge(graph, params), prompt, *rows, max_new=NEW).tokens_BN
+
+    return np.asarray(decode(params, tokens[:, :T]))
+
+
 def exported(net: Structure, params, model_type: str, out: pathlib.Path) -> pathlib.Path:
     """Writes config.json and several shards as the job does."""
     chosen, config = export_job.describe(net, model_type)
@@ -102,9 +117,12 @@ def reloaded(out: pathlib.Path, auto: str = "AutoModelForCausalLM"):
     return loaded.eval()
 
 
-def agree(name: str, kind: str, knobs: dict, tmp_path: pathlib.Path, record_property, complete=None, **how) -> None:
+def agree(
+    name: str, kind: str, knobs: dict, tmp_path: pathlib.Path, record_property, *, complete=None, decode=False, **how
+):
     """The same logits along the greedy continuation of `transformers`, whose every token they choose too; and what is
-    exported is the same model there. complete: what must be done to the export's directory first."""
+    exported is the same model there. complete: what must be done to the export's directory first.
+    decode: whether our loop decodes too."""
     tokens, logits = reference(kind, knobs, tmp_path / "theirs", **how)
     family, graph, params, net = imported(tmp_path / "theirs")
     found = np.asarray(run(graph, params, tokens))
@@ -112,6 +130,8 @@ def agree(name: str, kind: str, knobs: dict, tmp_path: pathlib.Path, record_prop
     record_property(f"worst {name}", worst)
     assert worst <= 1e-4
     assert np.array_equal(found[:, T - 1 : -1].argmax(-1), tokens[:, T:])
+    if decode:
+        assert np.array_equal(decoded(graph, params, tokens), tokens[:, T:])
     out = exported(net, params, family.model_type, tmp_path / "ours")
     if complete is not None:
         complete(out)
