@@ -64,10 +64,11 @@ class BudgetBias:
             raise ValueError(f"BudgetBias.rate={self.rate} must be positive; TopK.bias=None switches the bias off")
 
     def __call__(self, bias_E: jax.Array, counts_E: jax.Array) -> jax.Array:
-        share_E = counts_E / jnp.maximum(jnp.sum(counts_E, -1, keepdims=True), 1.0)
-        error_E = self.target / (self.top_k * self.experts) - share_E
-        with_weights_E = jnp.arange(counts_E.shape[-1]) < self.experts
-        return bias_E + jnp.where(with_weights_E, self.rate * error_E, 0.0)
+        choices = jnp.sum(counts_E, -1, keepdims=True)
+        error_E = self.target / (self.top_k * self.experts) - counts_E / jnp.maximum(choices, 1.0)
+        # A layer that took no part in the loss has counted nothing: that says nothing about its experts.
+        moves_E = (jnp.arange(counts_E.shape[-1]) < self.experts) & (choices > 0)
+        return bias_E + jnp.where(moves_E, self.rate * error_E, 0.0)
 
     @property
     def expected(self) -> float:

@@ -76,15 +76,8 @@ class Block(nnx.Module):
             return x_BTD, {}
         return self._branch(x_BTD, lambda h: self.ffn(h, ctx), self.ffn_norm, self.ffn_out_norm)
 
-    def _refuse_lost_prefix(self, ctx: Context) -> None:
-        if ctx.prefix_BT is not None and not isinstance(self.mixer, ReadsPrefix):
-            raise ValueError(
-                f"Block.mixer={type(self.mixer).__name__} cannot let all tokens see a prefix (Context.prefix_BT): "
-                "drop the batch's `prefix` field, or use Attention"
-            )
-
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        self._refuse_lost_prefix(ctx)
+        refuse_lost_prefix(self, ctx)
         x_BTD, mixer_aux = self._branch(x_BTD, lambda h: self.mixer(h, ctx), self.mixer_norm, self.mixer_out_norm)
         x_BTD, ffn_aux = self._feed_forward(x_BTD, ctx)
         return x_BTD, join({"mixer": mixer_aux, "ffn": ffn_aux})
@@ -96,7 +89,7 @@ class Block(nnx.Module):
 
     def extend(self, x_BTD: jax.Array, cache: Any, ctx: Context) -> tuple[jax.Array, Any]:
         """The same branches while decoding; losses and metrics of the feed-forward are for training alone."""
-        self._refuse_lost_prefix(ctx)
+        refuse_lost_prefix(self, ctx)
         x_BTD, cache = self._branch(
             x_BTD, lambda h: self.mixer.extend(h, cache, ctx), self.mixer_norm, self.mixer_out_norm
         )
@@ -105,6 +98,15 @@ class Block(nnx.Module):
     def flops_per_token(self, length: int) -> float:
         ffn = 0.0 if self.ffn is None else self.ffn.flops_per_token(length)
         return self.mixer.flops_per_token(length) + ffn
+
+
+def refuse_lost_prefix(block: nnx.Module, ctx: Context) -> None:
+    """Raises ValueError for a prefix that `block.mixer` would ignore."""
+    if ctx.prefix_BT is not None and not isinstance(block.mixer, ReadsPrefix):
+        raise ValueError(
+            f"{type(block).__name__}.mixer={type(block.mixer).__name__} cannot let all tokens see a prefix "
+            "(Context.prefix_BT): drop the batch's `prefix` field, or use Attention"
+        )
 
 
 def join(children: dict[str, Aux]) -> Aux:

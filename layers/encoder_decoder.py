@@ -13,8 +13,8 @@ from layers import axes
 from layers.block import Aux, Block
 from layers.context import Context, Source
 from layers.embed import Embed, Head
-from layers.language_model import Output, mask_padding
-from layers.relative_attention import CrossAttention
+from layers.language_model import Output, is_causal, mask_padding
+from layers.relative_attention import CrossAttention, RelativeAttention
 from layers.stack import Stack
 
 
@@ -32,6 +32,7 @@ class EncoderDecoder(nnx.Module):
         None where the layers know positions by themselves.
         vocab_multiple: the tables are padded to a multiple of it; logits of the padding are -inf.
     Decoding: `given(source)` has the interface of LanguageModel.
+    Refuses a bias that no layer of a stack would read.
     """
 
     def __init__(
@@ -55,10 +56,21 @@ class EncoderDecoder(nnx.Module):
         self.padded_vocab = -(-vocab // vocab_multiple) * vocab_multiple
         self.embed = embed(self.padded_vocab, dim, rngs=rngs)
         self.encoder, self.decoder = encoder(dim, rngs=rngs), decoder(dim, rngs=rngs)
+        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if bias is not None and not _reads_bias(stack):
+                raise ValueError(
+                    f"EncoderDecoder.bias is read by no layer of the {name}: mix by RelativeAttention without a bias "
+                    "of its own, or leave it None"
+                )
         self.encoder_norm, self.decoder_norm = norm(dim, rngs=rngs), norm(dim, rngs=rngs)
         self.encoder_bias = None if bias is None else bias(bidirectional=True, rngs=rngs)
         self.decoder_bias = None if bias is None else bias(bidirectional=False, rngs=rngs)
         self.head = head(self.padded_vocab, dim, rngs=rngs)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no target token sees a later one."""
+        return is_causal(self.decoder)
 
     def encode(self, source: Source, *, key: jax.Array | None = None, train: bool = False) -> tuple[jax.Array, Aux]:
         """(memory_BSD, aux): what the decoder sees of a source."""
@@ -155,6 +167,11 @@ class Given:
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         return self.model.logits(hidden_BTD)
+
+
+def _reads_bias(stack: Stack) -> bool:
+    parts = jax.tree.leaves(stack, is_leaf=lambda part: isinstance(part, RelativeAttention))
+    return any(isinstance(part, RelativeAttention) and part.bias is None for part in parts)
 
 
 def _remember(stack: Stack, cache: dict[str, Any], memory_BSD, real_BS, dtype: jnp.dtype) -> dict[str, Any]:

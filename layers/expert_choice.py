@@ -9,7 +9,7 @@ from flax import nnx
 
 from layers import axes
 from layers.context import Context, ReadsFuture
-from layers.moe import real_tokens
+from layers.selection import real_tokens
 
 
 class ExpertChoice(nnx.Module, ReadsFuture):
@@ -76,7 +76,8 @@ class ExpertChoice(nnx.Module, ReadsFuture):
         aux = self._telemetry(score_BTE, visits_BT, real_BT)
         if self.shared is not None:
             shared_BTD, shared_aux = self.shared(x_BTD, ctx)
-            y_BTD, aux = y_BTD + shared_BTD, aux | shared_aux
+            y_BTD = y_BTD + shared_BTD
+            aux |= {name if name == "loss" else f"shared/{name}": value for name, value in shared_aux.items()}
         return y_BTD, aux
 
     def _capacity(self, length: int) -> int:

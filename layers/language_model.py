@@ -81,9 +81,7 @@ class LanguageModel(nnx.Module):
     @property
     def causal(self) -> bool:
         """Whether no token sees a later one, but for a prefix."""
-        kinds = (Attention, RelativeAttention)
-        mixers = jax.tree.leaves(self.stack, is_leaf=lambda part: isinstance(part, kinds))
-        return all(mixer.causal for mixer in mixers if isinstance(mixer, kinds))
+        return is_causal((self.stack, self.mtp))
 
     def _hidden(self, x_BTD: jax.Array) -> jax.Array:
         return x_BTD if self.norm is None else self.norm(x_BTD)
@@ -95,6 +93,10 @@ class LanguageModel(nnx.Module):
         return sum((tokens_BT >= start).astype(jnp.int32) for start in self.modality_starts)
 
     def __call__(self, tokens_BT: jax.Array, ctx: Context) -> Output:
+        if ctx.source is not None:
+            raise ValueError(
+                "LanguageModel does not read Context.source: drop the batch's `sources` fields, or use EncoderDecoder"
+            )
         ctx = ctx.replace(modality_BT=self.modality(tokens_BT), modalities=self.modalities)
         x_BTD = axes.constrain(self.embed(tokens_BT, ctx), "batch", "length", "act_embed")
         x_BTD, aux = self.stack(x_BTD, ctx)
@@ -148,6 +150,13 @@ class LanguageModel(nnx.Module):
         head = self.head.flops_per_token(self.vocab)
         ahead = 0.0 if self.mtp is None else self.mtp.flops_per_token(length, head)
         return 3.0 * (self.stack.flops_per_token(length) + head + ahead)
+
+
+def is_causal(network: Any) -> bool:
+    """Whether every attention in a tree of modules is causal; all other mixers are."""
+    kinds = (Attention, RelativeAttention)
+    mixers = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, kinds))
+    return all(mixer.causal for mixer in mixers if isinstance(mixer, kinds))
 
 
 def mask_padding(logits_BTV: jax.Array, vocab: int) -> jax.Array:

@@ -11,8 +11,9 @@ from layers import axes, selection
 from layers.active import active_parameters
 from layers.attention import Attention
 from layers.auxiliary_router import agreement, router_product
-from layers.block import Aux, Block
+from layers.block import Aux
 from layers.context import Context
+from layers.relative_attention import RelativeAttention
 
 
 class MixtureOfDepths(nnx.Module):
@@ -35,8 +36,9 @@ class MixtureOfDepths(nnx.Module):
     room for whole rows; it is filled without gaps by the kept tokens alone (Context.slots_BT).
     aux: the block's, and kept (share of the tokens), dropped, and where the auxiliary router is compared with the
     choice auxiliary_bce, auxiliary_accuracy, auxiliary_recall.
-    Refuses a capacity outside (0, 1] or one that keeps no token of a row, attention windows (a distance among kept
-    tokens is none in the row), contexts with a prefix or an encoder, and decoding without an auxiliary router.
+    Refuses a capacity outside (0, 1] or one that keeps no token of a row, attention windows and RelativeAttention (a
+    distance among kept tokens is none in the row), contexts with a prefix or an encoder, and decoding without an
+    auxiliary router.
     """
 
     def __init__(
@@ -71,12 +73,7 @@ class MixtureOfDepths(nnx.Module):
         self.block = block(dim, rngs=rngs)
         self.router = axes.param(rngs, (dim,), ("embed",), axes.normal(0.02), exact=True)
         self.auxiliary = None if auxiliary is None else auxiliary(dim, outputs=None, rngs=rngs)
-        mixer = self.block.mixer if isinstance(self.block, Block) else None
-        if isinstance(mixer, Attention) and mixer.window is not None:
-            raise ValueError(
-                f"MixtureOfDepths.block has Attention.window={mixer.window}, a distance that kept tokens do not have "
-                "among themselves: use window None"
-            )
+        _refuse_distances(self.block)
 
     def _keep_best(self, logits_BT: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, int, jax.Array]:
         """(bool [B, T] of the kept tokens, room in a row, choices that found no room)."""
@@ -174,3 +171,14 @@ class MixtureOfDepths(nnx.Module):
         """Those of the block that a token does not use, on average over kept and other tokens."""
         variables = jax.tree.leaves(self.block, is_leaf=lambda part: isinstance(part, nnx.Variable))
         return sum(variable.size for variable in variables) - self.capacity * active_parameters(self.block)
+
+
+def _refuse_distances(block: nnx.Module) -> None:
+    kinds = (Attention, RelativeAttention)
+    for mixer in jax.tree.leaves(block, is_leaf=lambda part: isinstance(part, kinds)):
+        if isinstance(mixer, RelativeAttention) or (isinstance(mixer, Attention) and mixer.window is not None):
+            what = "RelativeAttention" if isinstance(mixer, RelativeAttention) else f"Attention.window={mixer.window}"
+            raise ValueError(
+                f"MixtureOfDepths.block has {what}, which counts a distance that kept tokens do not have among "
+                "themselves: use Attention with window None"
+            )

@@ -12,6 +12,7 @@ from layers.balance import LoadBalance, count_choices
 from layers.context import Context
 from layers.dispatch import Dropless
 from layers.routers import Routing
+from layers.selection import real_tokens
 
 
 class MoE(nnx.Module):
@@ -126,12 +127,3 @@ class MoE(nnx.Module):
         """Active FLOPs: the experts that a token visits, not those that there are; with zero experts the expected
         number of the former."""
         return self._flops_around(length) + self.router.expected * self.experts.flops_per_row
-
-
-def real_tokens(ctx: Context) -> jax.Array:
-    """bool [B, T]: which tokens are no padding."""
-    if ctx.decoding:
-        return jnp.arange(ctx.positions_BT.shape[1])[None] < ctx.lengths_B[:, None]
-    if ctx.segments_BT is None:
-        return jnp.ones(ctx.positions_BT.shape, bool)
-    return ctx.segments_BT != 0

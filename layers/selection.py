@@ -5,15 +5,13 @@ import fractions
 import jax
 import jax.numpy as jnp
 
+from layers.cache import real
 from layers.context import Context
 
 
 def real_tokens(ctx: Context) -> jax.Array:
     """Bool [B, T]: which tokens are none of the padding, neither of a batch nor of a ragged step of decoding."""
-    real_BT = jnp.ones(ctx.positions_BT.shape, bool) if ctx.segments_BT is None else ctx.segments_BT > 0
-    if ctx.lengths_B is None:
-        return real_BT
-    return real_BT & (jnp.arange(real_BT.shape[1]) < ctx.lengths_B[:, None])
+    return real(ctx) if ctx.segments_BT is None else real(ctx) & (ctx.segments_BT > 0)
 
 
 def share(count: jax.Array, fraction: float) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from layers.block import Aux, join
+from layers.block import Aux, join, refuse_lost_prefix
 from layers.context import Context
 
 
@@ -26,7 +26,7 @@ class ShortcutBlock(nnx.Module):
     "ffn/NAME" of the mixture (as a Block with a mixture reports it), "dense/NAME" and "second_dense/NAME".
     Knobs: mixer, ffn (dense), moe, norm: factories; mixers and dense feed-forwards are made twice, norms four times.
     shortcut: True adds m at the end, False right after ffn_0, the ordinary order, for comparison.
-    The cache is one of each mixer.
+    The cache is one of each mixer. Refuses a prefix (Context.prefix_BT) where the mixers would ignore it.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class ShortcutBlock(nnx.Module):
 
     def _run(self, x_BTD, mix: Callable, second_mix: Callable, ctx: Context) -> tuple[jax.Array, Aux, Any, Any]:
         """(y, aux, what the first mixer gives beside its output, the same of the second)."""
+        refuse_lost_prefix(self, ctx)
         mixed_BTD, first = mix(self.mixer_norm(x_BTD))
         h_BTD = x_BTD + _kept(mixed_BTD)
         u_BTD = self.ffn_norm(h_BTD)

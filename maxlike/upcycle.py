@@ -53,7 +53,7 @@ class Upcycle:
         self._check_fresh(here)
         origin = {path: warm_start.renamed(path, self.mapping) for path in taken}
         _refuse_differences(directory, there, taken, origin)
-        wanted = {f"{prefix}{name}": _as_saved(taken[path], there[name].shape) for path, name in origin.items()}
+        wanted = {f"{prefix}{name}": _as_saved(path, taken[path], there[name].shape) for path, name in origin.items()}
         if len(wanted) != len(taken):
             raise UserError(f"Upcycle.mapping uses a parameter of {directory} twice: give each a source of its own")
         read = files.read_leaves(directory, wanted, saved_tree)
@@ -74,19 +74,20 @@ class Upcycle:
                 raise UserError(f"Upcycle.fresh names {name!r} and the model has no such parameter: leave it out")
 
 
-def _grown_dimension(saved: tuple[int, ...], wanted: tuple[int, ...]) -> int | None:
-    """The only dimension in which the shapes differ, if the saved one is 1 there."""
-    if len(saved) != len(wanted):
+def _grown_dimension(path: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> int | None:
+    """The dimension of the experts (`layers.experts.Experts`), if the shapes differ there alone and the saved is 1."""
+    if "experts" not in path.split("/") or len(saved) != len(wanted) or len(saved) < 3:
         return None
+    experts = len(saved) - 3
     differing = [d for d, (a, b) in enumerate(zip(saved, wanted)) if a != b]
-    return differing[0] if len(differing) == 1 and saved[differing[0]] == 1 else None
+    return experts if differing == [experts] and saved[experts] == 1 else None
 
 
 def _refuse_differences(directory: pathlib.Path, there: dict[str, Leaf], taken: dict, origin: dict) -> None:
     described = {path: checkpoint_tree.describe(path, leaf) for path, leaf in taken.items()}
     saved = {path: there[name] for path, name in origin.items() if name in there}
     for path, leaf in saved.items():
-        if _grown_dimension(leaf.shape, described[path].shape) is not None:
+        if _grown_dimension(path, leaf.shape, described[path].shape) is not None:
             saved[path] = Leaf(described[path].shape, leaf.dtype)
     left = {f"{name} (unused)": there[name] for name in set(there) - set(origin.values())}
     table = checkpoint_tree.difference(saved | left, described)
@@ -97,9 +98,9 @@ def _refuse_differences(directory: pathlib.Path, there: dict[str, Leaf], taken: 
         )
 
 
-def _as_saved(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+def _as_saved(path: str, leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     """The abstract leaf in the shape it has on disk; the dimension of one expert is not sharded."""
-    grown = _grown_dimension(shape, leaf.shape)
+    grown = _grown_dimension(path, shape, leaf.shape)
     sharding = leaf.sharding
     if grown is not None and isinstance(sharding, NamedSharding):
         spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]

@@ -27,7 +27,7 @@ CTX = Context.of(X[..., 0], modality_BT=jnp.asarray(RNG.integers(0, 2, (B, T))),
 def layer(seed=0, width=12, **knobs):
     build = functools.partial(ModalityMoE, D, width=width, **knobs)
     graph, params, _ = random_module(lambda rngs: build(rngs=rngs), seed=seed)
-    return graph, {"embed": np.full((3, D), seed, np.float32), "ffn": params}
+    return graph, {"embed": np.full((3, D), seed, np.float32), "lone": np.zeros((1, 2, D), np.float32), "ffn": params}
 
 
 def run(graph, params):
@@ -105,6 +105,12 @@ def test_refusals(seed, knobs, fresh, message):
     _, params = layer(**knobs)
     with pytest.raises(UserError, match=message):
         upcycled(seed, params, fresh=fresh)
+
+
+def test_only_experts_grow(seed):
+    _, params = layer(groups=(4, 4))
+    with pytest.raises(UserError, match=r"do not upcycle(.|\n)*changed +lone"):
+        upcycled(seed, params | {"lone": np.zeros((4, 2, D), np.float32)})
 
 
 def test_one_source_for_two_is_refused(seed):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.context import Context
+from layers.encoder_decoder import EncoderDecoder
 from layers.language_model import LanguageModel, Output
 from maxlike.errors import UserError
 from maxlike.metrics import Mean
@@ -50,7 +51,7 @@ class NextToken:
 
     def run(self, model: Any, batch: dict[str, jax.Array], context: Context) -> Output:
         """The model's output on the batch. Raises UserError for a model whose tokens see the ones to predict."""
-        if isinstance(model, LanguageModel) and not model.causal:
+        if isinstance(model, LanguageModel | EncoderDecoder) and not model.causal:
             raise UserError(
                 f"{type(self).__name__} needs a causal model: set Attention.causal = True, or take MaskedTokens."
             )

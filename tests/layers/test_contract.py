@@ -97,7 +97,8 @@ mixer = pytest.mark.parametrize("name", MIXERS)
 part = pytest.mark.parametrize("name", PARTS)
 # XLA counts one turn of a loop whose length depends on the tokens: test_moe.py counts these at full capacity.
 COUNTED_ELSEWHERE = ("moe_dropless", "moe_sigmoid_limited_zero")
-SHARDED = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "embed": "fsdp"}  # the rest is replicated
+# The rest is replicated.
+SHARDED = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "embed": "fsdp", "experts": "expert"}
 
 
 class Built:
@@ -213,7 +214,7 @@ def test_ragged_rows_equal_each_row_alone(name):
 @part
 def test_sharded_equals_one_device(name):
     b, x_BTD = built(name), inputs()
-    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 2, 2), ("fsdp", "tensor", "expert"), axis_types=(AxisType.Auto,) * 3)
 
     def spec(names, shape):
         entries = [SHARDED.get(axis) for axis in names]

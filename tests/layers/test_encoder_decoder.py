@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from layers.attention import Attention
 from layers.block import Block
 from layers.context import Context, Source
 from layers.embed import Embed, Head
 from layers.encoder_decoder import EncoderDecoder
+from layers.language_model import LanguageModel
 from layers.mlp import MLP, GatedMLP
 from layers.norm import RMSNorm
 from layers.relative_attention import CrossAttention, RelativeAttention, RelativeBias
@@ -214,5 +216,13 @@ def test_refusals():
         build().given(Source.of(jnp.asarray(SOURCES))).init_cache(3, 4, jnp.float32)
     with pytest.raises(ValueError, match=r"EncoderDecoder.given\(source\)"):
         build().init_cache(2, 4, jnp.float32)
+    deaf = F(Stack, pattern=(F(Block, mixer=F(Attention, heads=2), ffn=None, norm=RMSNorm),), depth=1)
+    with pytest.raises(ValueError, match=r"EncoderDecoder.bias is read by no layer of the encoder"):
+        EncoderDecoder(
+            vocab=9, dim=D, encoder=deaf, decoder=deaf, norm=RMSNorm, bias=F(RelativeBias, heads=2), rngs=nnx.Rngs(0)
+        )
+    model = LanguageModel(vocab=9, dim=D, stack=deaf, norm=RMSNorm, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"LanguageModel does not read Context.source"):
+        model(tokens, Context.of(tokens, source=Source.of(tokens)))
     with pytest.raises(ValueError, match=r"EncoderDecoder.vocab=0"):
         EncoderDecoder(vocab=0, dim=D, encoder=F(Stack), decoder=F(Stack), norm=RMSNorm, rngs=nnx.Rngs(params=0))

@@ -19,7 +19,9 @@ from layers.mla import MLA
 from layers.mlp import GatedMLP
 from layers.modality_moe import ModalityMoE
 from layers.norm import RMSNorm
+from layers.relative_attention import RelativeAttention
 from layers.rope import RoPE
+from layers.shortcut_block import ShortcutBlock
 from layers.stack import Stack
 from tests.reference.moma import mixture_of_depths
 from tests.reference.random import random_module
@@ -29,6 +31,7 @@ F = functools.partial
 X = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
 ATTENTION = F(Attention, heads=2, kv_heads=1, rope=RoPE)
 BLOCK = F(Block, mixer=ATTENTION, ffn=F(GatedMLP, width=12), norm=RMSNorm)
+SHORTCUT = F(ShortcutBlock, ffn=F(GatedMLP, width=12), moe=F(GatedMLP, width=12), norm=RMSNorm)
 PLAIN = Context.of(jnp.zeros((B, T)))
 
 
@@ -182,6 +185,8 @@ def test_flops_are_the_blocks_share():
         ({"row_bound": 2.0}, r"row_bound=2.0 must be at least 1, and 1.0 where"),
         ({"evaluation": "auxiliary"}, r"evaluation='auxiliary' needs MixtureOfDepths\.auxiliary"),
         ({"block": F(BLOCK, mixer=F(ATTENTION, window=4))}, r"Attention\.window=4"),
+        ({"block": F(SHORTCUT, mixer=F(ATTENTION, window=4))}, r"Attention\.window=4"),
+        ({"block": F(BLOCK, mixer=F(RelativeAttention, heads=2))}, r"block has RelativeAttention"),
     ],
 )
 def test_refused_knobs(knobs, message):

@@ -133,6 +133,16 @@ def test_budget_bias_reaches_its_target_and_rests_there():
     assert (bias_E[N:] == 0).all()
 
 
+@pytest.mark.parametrize("rule", [SignBias(4, 2, 2), BudgetBias(4, 2, 2, target=1.5)])
+def test_a_layer_that_counted_nothing_keeps_its_bias(rule):
+    """Such as a module for multi-token prediction that the objective leaves out, or a frozen layer."""
+    bias_LE = jnp.arange(12.0).reshape(2, 6)
+    counts_LE = jnp.array([[0.0] * 6, [5.0, 1, 1, 1, 1, 1]])
+    moved_LE = rule(bias_LE, counts_LE)
+    np.testing.assert_array_equal(moved_LE[0], bias_LE[0])
+    assert moved_LE[1, 0] < bias_LE[1, 0]
+
+
 def test_a_rule_works_on_the_last_axis():
     """Stack puts a layers axis in front of value and statistic."""
     counts_LE = jnp.array([[8.0, 0, 2, 2], [3.0, 3, 3, 3]])

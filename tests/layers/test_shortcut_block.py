@@ -13,9 +13,11 @@ from layers.attention import Attention
 from layers.balance import LoadBalance, SignBias
 from layers.context import Context
 from layers.experts import Experts
+from layers.mla import MLA
 from layers.mlp import GatedMLP
 from layers.moe import MoE
 from layers.norm import RMSNorm
+from layers.rope import RoPE
 from layers.routers import TopK
 from layers.shortcut_block import ShortcutBlock
 from layers.stack import Stack
@@ -101,6 +103,15 @@ def test_bias_learns_in_every_layer_of_a_stack_however_it_runs():
     np.testing.assert_allclose(losses[True], losses[False], rtol=1e-5)
     moved = bias.get_metadata("rule")(jnp.zeros((2, E)), statistics[True])
     assert set(np.unique(moved)) <= {-0.5, 0.0, 0.5} and (moved[0] != moved[1]).any()
+
+
+def test_a_prefix_that_the_mixers_would_ignore_is_refused():
+    latent = F(MLA, heads=2, kv_rank=4, nope_dim=2, rope_dim=2, value_dim=2, rope=RoPE)
+    block, ctx = F(BLOCK, mixer=latent)(D, rngs=nnx.Rngs(0)), PLAIN.replace(prefix_BT=jnp.ones((B, T), bool))
+    with pytest.raises(ValueError, match=r"ShortcutBlock\.mixer=MLA cannot let all tokens see a prefix"):
+        block(inputs(), ctx)
+    with pytest.raises(ValueError, match=r"ShortcutBlock\.mixer=MLA"):
+        block.extend(inputs(), block.init_cache(B, T, jnp.float32), ctx.replace(lengths_B=jnp.full(B, T)))
 
 
 def test_flops_are_the_sum_of_the_parts():

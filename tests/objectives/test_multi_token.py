@@ -68,8 +68,7 @@ def test_loss_and_gradient_are_the_plain_ones():
         hidden = model(data["inputs"], ctx).hidden_BTD
         nats = -jnp.take_along_axis(jax.nn.log_softmax(model.logits(hidden)), data["targets"][..., None], -1)[..., 0]
         total = jnp.sum(nats * data["loss_weights"])
-        tokens = data["loss_weights"].sum()
-        means = []
+        ahead = 0.0
         for n, module in enumerate(model.mtp.steps, 1):
             following = jnp.roll(data["targets"], 1 - n, 1)
             joined = jnp.concatenate(
@@ -78,14 +77,12 @@ def test_loss_and_gradient_are_the_plain_ones():
             x_BTD, _ = module.block(joined @ module.join.kernel[...], ctx)
             hidden = module.norm(x_BTD)
             logprobs = jax.nn.log_softmax(model.logits(hidden))
-            losses = []
             for b in range(B):
                 for t in range(T - n):
                     same = segments[b, t] == segments[b, t + n] != 0
                     if same and weights[b, t + n] > 0:
-                        losses.append(-logprobs[b, t, targets[b, t + n]])
-            means.append(sum(losses) / len(losses))
-        return total + 0.3 * tokens * (means[0] + means[1]) / 2
+                        ahead -= logprobs[b, t, targets[b, t + n]]
+        return total + 0.3 * ahead / 2
 
     (got, metrics), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(PARAMS)
     expected, expected_gradient = jax.jit(jax.value_and_grad(plain))(PARAMS)
@@ -93,6 +90,14 @@ def test_loss_and_gradient_are_the_plain_ones():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), gradient, expected_gradient)
     assert {"loss", "bits_per_byte", "accuracy", "mtp_loss", "mtp_accuracy"} <= set(metrics)
     assert float(metrics["mtp_loss"].weight) == (3 + 3 + 11) + (2 + 2 + 10)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    """Though the rows have other shares of targets further ahead."""
+    data, model = batch(), nnx.merge(GRAPH, PARAMS)
+    total = jax.jit(lambda part: MultiToken(weight=5.0)(model, part, None)[0].total)
+    parts = [total({name: x[b : b + 1] for name, x in data.items()}) for b in range(B)]
+    assert float(sum(parts)) == pytest.approx(float(total(data)), rel=1e-5)
 
 
 def test_the_model_itself_does_not_change():
@@ -147,5 +152,10 @@ def test_refusals():
         MultiToken(weight=-1.0)
     with pytest.raises(UserError, match=r"LanguageModel.mtp"):
         MultiToken()(nnx.merge(*random_module(lambda rngs: make(rngs, depth=0))[:2]), batch(), None)
+    ahead = F(Modules, block=F(BLOCK, mixer=F(Attention, heads=2, causal=False)), norm=RMSNorm)
+    stack = F(Stack, pattern=(BLOCK,), depth=1)
+    leaking = LanguageModel(vocab=V, dim=D, stack=stack, norm=RMSNorm, mtp=ahead, rngs=nnx.Rngs(params=0))
+    with pytest.raises(UserError, match="MultiToken needs a causal model"):
+        MultiToken()(leaking, batch(), None)
     with pytest.raises(ValueError, match=r"MultiToken.depth=0"):
         Modules(D, block=BLOCK, norm=RMSNorm, depth=0, rngs=nnx.Rngs(params=0))
