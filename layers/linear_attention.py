@@ -153,6 +153,6 @@ def _lrpe(lrpe: Callable, heads: int, head_dim: int, rngs: nnx.Rngs) -> Any:
         return lrpe(heads, head_dim, rngs=rngs)
     except TypeError as error:
         raise ValueError(
-            f"LightningAttention.lrpe makes no embedding of {heads} heads of {head_dim} ({str(error).splitlines()[0]}): "
-            "use LRPE or None; RoPE is for softmax attention and Retention"
+            f"LightningAttention.lrpe makes no embedding of {heads} heads of {head_dim} "
+            f"({str(error).splitlines()[0]}): use LRPE or None; RoPE is for softmax attention and Retention"
         ) from error

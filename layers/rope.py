@@ -196,13 +196,13 @@ class RoPE:
 
 
 def rotary(owner: str, rope: Callable | None, head_dim: int) -> Any:
-    """The rotary embedding of a mixer's heads, or None. Raises ValueError where the factory makes none of a head_dim."""
+    """The rotary embedding of a mixer's heads, or None. Raises ValueError where the factory makes another thing."""
     if rope is None:
         return None
     try:
         return rope(head_dim)
     except TypeError as error:
         raise ValueError(
-            f"{owner}.rope makes no rotary embedding of head_dim={head_dim} ({str(error).splitlines()[0]}): use RoPE or "
-            "None; LRPE is for LightningAttention.lrpe alone"
+            f"{owner}.rope makes no rotary embedding of head_dim={head_dim} ({str(error).splitlines()[0]}): use RoPE "
+            "or None; LRPE is for LightningAttention.lrpe alone"
         ) from error

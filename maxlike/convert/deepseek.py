@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from layers.balance import LoadBalance, SignBias
 from layers.block import Block
@@ -115,6 +115,7 @@ class DeepseekV2(_DeepSeek):
 
     architectures = ("DeepseekV2ForCausalLM",)
     model_type = "deepseek_v2"
+    defaults: ClassVar = {"q_lora_rank": 1536}
 
     def router(self, config: ConfigJson, top_k: int) -> Callable:
         config.expect("norm_topk_prob", False)
@@ -137,6 +138,7 @@ class DeepseekV3(_DeepSeek):
 
     architectures = ("DeepseekV3ForCausalLM",)
     model_type = "deepseek_v3"
+    defaults: ClassVar = {"first_k_dense_replace": 3, "n_group": 8, "q_lora_rank": 1536, "topk_group": 4}
     tensors = (
         *_DeepSeek.tensors,
         Rule(f"{decoder.LAYER}mlp.gate.e_score_correction_bias", f"{decoder.OURS}ffn/router/bias", BIAS),

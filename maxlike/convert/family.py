@@ -16,6 +16,8 @@ class Family:
     tied: {name: other name} of tensors that files may hold twice; where the network has no parameter for the first,
         it must equal the second.
     prefix: a prefix of names that some files leave out.
+    defaults: what the other library takes where config.json leaves a key out, of the keys whose value it is not that
+        `network` takes by itself (null stays null).
     length_key: where config.json has the longest length a model was trained for, when no parameter says it.
     """
 
@@ -25,6 +27,7 @@ class Family:
     ignored: ClassVar[tuple[str, ...]] = (r".*rotary_emb\.inv_freq",)
     tied: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     prefix: ClassVar[str] = ""
+    defaults: ClassVar[dict[str, Any]] = {}
     length_key: ClassVar[str | None] = "max_position_embeddings"
 
     def unused(self, net: Structure) -> tuple[str, ...]:

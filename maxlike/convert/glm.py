@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from layers.block import Block
 from maxlike.convert import decoder
@@ -28,6 +28,7 @@ class Glm(Family):
 
     architectures = ("GlmForCausalLM",)
     model_type = "glm"
+    defaults: ClassVar = {"head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-07}
     tensors = (*decoder.EMBEDDINGS, *decoder.ATTENTION, *FUSED_MLP, *decoder.PRE_NORMS)
     order: Literal["pre", "sandwich"] = "pre"
 

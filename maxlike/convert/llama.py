@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from layers.block import Block
 from maxlike.convert import decoder
@@ -40,6 +40,7 @@ class Mistral(Family):
 
     architectures = ("MistralForCausalLM",)
     model_type = "mistral"
+    defaults: ClassVar = {"sliding_window": 4096, "num_key_value_heads": 8}
     tensors = Llama.tensors
 
     def network(self, config: ConfigJson) -> Callable:

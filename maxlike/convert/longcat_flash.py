@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from layers.balance import BudgetBias
 from layers.norm import RMSNorm
@@ -29,6 +29,7 @@ class LongcatFlash(Family):
 
     architectures = ("LongcatFlashForCausalLM",)
     model_type = "longcat_flash"
+    defaults: ClassVar = {"rope_theta": 1e7, "zero_expert_num": 256}
     ignored = (*Family.ignored, r"model\.mtp\..*")
     tensors = (
         *decoder.EMBEDDINGS,

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from layers.block import Block
 from layers.norm import RMSNorm
@@ -18,6 +18,7 @@ class Mixtral(Family):
 
     architectures = ("MixtralForCausalLM",)
     model_type = "mixtral"
+    defaults: ClassVar = {"num_key_value_heads": 8, "rope_theta": 1e6, "router_aux_loss_coef": 0.001}
     tensors = (
         *decoder.EMBEDDINGS,
         *decoder.ATTENTION,

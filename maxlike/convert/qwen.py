@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from layers.block import Block
 from layers.norm import RMSNorm
@@ -35,6 +35,7 @@ class Qwen3(Family):
 
     architectures = ("Qwen3ForCausalLM",)
     model_type = "qwen3"
+    defaults: ClassVar = {"head_dim": 128}
     tensors = Llama.tensors
 
     def network(self, config: ConfigJson) -> Callable:

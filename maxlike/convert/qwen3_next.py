@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from layers.attention_gate import AttentionGate
 from layers.block import Block
@@ -83,6 +83,9 @@ class Qwen3Next(Family):
 
     architectures = ("Qwen3NextForCausalLM",)
     model_type = "qwen3_next"
+    defaults: ClassVar = {
+        "head_dim": 256, "num_key_value_heads": 2, "norm_topk_prob": True, "router_aux_loss_coef": 0.001,
+    }  # fmt: skip
     ignored = (*Family.ignored, r"mtp\..*")
     tensors = (
         Rule("model.embed_tokens.weight", "embed/table", TABLE),

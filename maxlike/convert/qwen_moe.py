@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from layers.block import Block
 from layers.norm import RMSNorm
@@ -27,6 +27,7 @@ class Qwen2Moe(Family):
 
     architectures = ("Qwen2MoeForCausalLM",)
     model_type = "qwen2_moe"
+    defaults: ClassVar = {"router_aux_loss_coef": 0.001}
     tensors = (*BASE, *EXPERTS, *SHARED)
 
     def network(self, config: ConfigJson) -> Callable:
@@ -54,6 +55,7 @@ class Qwen3Moe(Family):
 
     architectures = ("Qwen3MoeForCausalLM",)
     model_type = "qwen3_moe"
+    defaults: ClassVar = {"num_key_value_heads": 4, "router_aux_loss_coef": 0.001}
     tensors = (*BASE, *EXPERTS)
 
     def network(self, config: ConfigJson) -> Callable:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from layers.block import Block
 from layers.mlp import MLP
@@ -20,6 +20,7 @@ class Starcoder2(Family):
 
     architectures = ("Starcoder2ForCausalLM",)
     model_type = "starcoder2"
+    defaults: ClassVar = {"num_key_value_heads": 2}
     tensors = (
         *decoder.EMBEDDINGS,
         *decoder.ATTENTION,
