@@ -59,7 +59,7 @@ def of(values: dict[str, Any], where: str) -> Family:
 def network(values: dict[str, Any], where: str) -> tuple[Family, Callable[..., Any]]:
     """(family, factory of the network) of a parsed config.json; refuses what is left over."""
     family = of(values, where)
-    config = ConfigJson(values, where)
+    config = ConfigJson(family.defaults | values, where)
     factory = family.network(config)
     config.finish()
     return family, _sentences(factory, where)
