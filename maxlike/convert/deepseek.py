@@ -155,8 +155,8 @@ class DeepseekV3(_DeepSeek):
         return F(TopK, top_k=top_k, score="sigmoid", norm_topk=normed, scale=scale, limit=limit, bias=SignBias)
 
     def config(self, net: Structure) -> dict[str, Any]:
-        interleaved = net.value("stack/0/mixer/rope").layout == "interleaved"
-        return super().config(net) | {"rope_interleave": interleaved}
+        keys = super().config(net)
+        return keys | {"rope_interleave": net.value("stack/0/mixer/rope").layout == "interleaved"}
 
 
 def attention(config: ConfigJson, **knobs: Any) -> Callable:

@@ -16,7 +16,7 @@ from maxlike.convert.llama import Llama, Mistral
 from maxlike.convert.longcat_flash import LongcatFlash
 from maxlike.convert.mamba2 import Mamba2
 from maxlike.convert.mixtral import Mixtral
-from maxlike.convert.modernbert import ModernBert
+from maxlike.convert.modernbert import ModernBert, ModernBertDecoder
 from maxlike.convert.qwen import Qwen2, Qwen3
 from maxlike.convert.qwen3_next import Qwen3Next
 from maxlike.convert.qwen_moe import Qwen2Moe, Qwen3Moe
@@ -29,7 +29,7 @@ from maxlike.errors import UserError
 FAMILIES: tuple[Family, ...] = (
     Llama(), Mistral(), Qwen2(), Qwen3(), Starcoder2(), Glm(), Glm4(), Gpt2(), Bert(),
     Mixtral(), Qwen2Moe(), Qwen3Moe(), DeepseekV2(), DeepseekV3(), LongcatFlash(), Qwen3Next(),
-    Mamba2(), ModernBert(), T5(),
+    Mamba2(), ModernBert(), ModernBertDecoder(), T5(),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""ModernBERT, and the encoders of Ettin."""
+"""ModernBERT, and the encoders and decoders of Ettin."""
 
 import functools
 from collections.abc import Callable
@@ -20,20 +20,43 @@ from maxlike.convert.tensors import BIAS, TABLE, Rule
 F = functools.partial
 OURS = decoder.OURS
 FULL, SLIDING = "full_attention", "sliding_attention"
-NORMS = {
-    "model.embeddings.norm": "embed/norm",
-    f"{decoder.LAYER}attn_norm": f"{OURS}mixer_norm",
-    f"{decoder.LAYER}mlp_norm": f"{OURS}ffn_norm",
-    "model.final_norm": "norm",
-    "head.norm": "head/norm",
+APART = {
+    f"{decoder.LAYER}attn.{short}_proj": ((f"{OURS}mixer/{name}",), Transposed())
+    for short, name in (("q", "query"), ("k", "key"), ("v", "value"))
 }
-LINEARS = {
-    f"{decoder.LAYER}attn.Wqkv": (tuple(f"{OURS}mixer/{x}" for x in ("query", "key", "value")), Transposed()),
-    f"{decoder.LAYER}attn.Wo": ((f"{OURS}mixer/out",), Transposed(2)),
-    f"{decoder.LAYER}mlp.Wi": ((f"{OURS}ffn/gate", f"{OURS}ffn/up"), Transposed()),
-    f"{decoder.LAYER}mlp.Wo": ((f"{OURS}ffn/down",), Transposed()),
-    "head.dense": (("head/dense",), Transposed()),
-}
+TOGETHER = {f"{decoder.LAYER}attn.Wqkv": (tuple(f"{OURS}mixer/{x}" for x in ("query", "key", "value")), Transposed())}
+
+
+def _rules(projections: dict[str, tuple[tuple[str, ...], Transposed]], head: str) -> tuple[Rule, ...]:
+    """The table with those projections to heads, and that name of the head for masked tokens."""
+    linears = projections | {
+        f"{decoder.LAYER}attn.Wo": ((f"{OURS}mixer/out",), Transposed(2)),
+        f"{decoder.LAYER}mlp.Wi": ((f"{OURS}ffn/gate", f"{OURS}ffn/up"), Transposed()),
+        f"{decoder.LAYER}mlp.Wo": ((f"{OURS}ffn/down",), Transposed()),
+        f"{head}.dense": (("head/dense",), Transposed()),
+    }
+    norms = {
+        "model.embeddings.norm": "embed/norm",
+        f"{decoder.LAYER}attn_norm": f"{OURS}mixer_norm",
+        f"{decoder.LAYER}mlp_norm": f"{OURS}ffn_norm",
+        "model.final_norm": "norm",
+        f"{head}.norm": "head/norm",
+    }
+    return (
+        Rule("model.embeddings.tok_embeddings.weight", "embed/table", TABLE),
+        Rule("decoder.weight", "head/head/linear/kernel"),
+        Rule("decoder.bias", "head/head/bias", BIAS),
+        *(
+            Rule(f"{name}.{kind}", tuple(f"{path}/{part}" for path in paths), Fused(form))
+            for name, (paths, kernel) in linears.items()
+            for kind, part, form in (("weight", "kernel", kernel), ("bias", "bias", Flat()))
+        ),
+        *(
+            Rule(f"{name}.{kind}", f"{path}/{part}", BIAS)
+            for name, path in norms.items()
+            for kind, part in (("weight", "gain"), ("bias", "bias"))
+        ),
+    )
 
 
 class Kind(NamedTuple):
@@ -50,31 +73,18 @@ class ModernBert(Family):
     architectures = ("ModernBertForMaskedLM",)
     model_type = "modernbert"
     tied: ClassVar = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
-    tensors = (
-        Rule("model.embeddings.tok_embeddings.weight", "embed/table", TABLE),
-        Rule("decoder.weight", "head/head/linear/kernel"),
-        Rule("decoder.bias", "head/head/bias", BIAS),
-        *(
-            Rule(f"{name}.{kind}", tuple(f"{path}/{part}" for path in paths), Fused(form))
-            for name, (paths, kernel) in LINEARS.items()
-            for kind, part, form in (("weight", "kernel", kernel), ("bias", "bias", Flat()))
-        ),
-        *(
-            Rule(f"{name}.{kind}", f"{path}/{part}", BIAS)
-            for name, path in NORMS.items()
-            for kind, part in (("weight", "gain"), ("bias", "bias"))
-        ),
-    )
+    tensors = _rules(TOGETHER, "head")
+    causal: ClassVar[bool] = False
 
     def network(self, config: ConfigJson) -> Callable:
         config.ignore("initializer_cutoff_factor", "classifier_pooling", "classifier_dropout", "mlp_dropout")
         config.ignore("deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index", "layer_norm_eps")
         config.ignore("reference_compile", "repad_logits_with_grad", "position_embedding_type", "tie_word_embeddings")
         config.ignore("gradient_checkpointing")
-        config.expect("causal_mask", False)
+        config.expect("causal_mask", self.causal)
         heads, norm = config.size("num_attention_heads"), _norm(config)
         bias, ropes = config.take("attention_bias", False), _ropes(config)
-        attention = F(Attention, heads=heads, causal=False, qkv_bias=bias, out_bias=bias)
+        attention = F(Attention, heads=heads, causal=self.causal, qkv_bias=bias, out_bias=bias)
         ffn = F(
             GatedMLP,
             width=config.size("intermediate_size"),
@@ -93,12 +103,12 @@ class ModernBert(Family):
             return F(PredictionHead, norm=norm, activation=activation, bias=dense_bias, head=F(plain, bias=token_bias))
 
         return decoder.language_model(
-            config, _kinds(config), norm, block=block, tied=True, embed=F(Embed, norm=norm), head=head
+            config, self._kinds(config), norm, block=block, tied=True, embed=F(Embed, norm=norm), head=head
         )
 
     def config(self, net: Structure) -> dict[str, Any]:
-        if net.value("stack/0/mixer/causal"):
-            raise Cannot("the network is causal, ModernBERT is not")
+        if net.value("stack/0/mixer/causal") != self.causal:
+            raise Cannot(f"the network is {'not ' if self.causal else ''}causal, other than {self.model_type}")
         dim, heads, _ = net.shape("stack/0/mixer/query/kernel")
         windows = [net.value(f"stack/{i}/mixer/window") for i in range(net.depth())]
         local = {window for window in windows if window is not None}
@@ -122,20 +132,34 @@ class ModernBert(Family):
                 FULL: _rope_config(net, windows, full=True),
                 SLIDING: _rope_config(net, windows, full=False),
             },
-        } | ({"local_attention": 2 * (min(local) - 1)} if local else {})
+        } | ({"local_attention": 2 * (min(local) - self._itself())} if local else {})
+
+    def _itself(self) -> int:
+        """Half of `local_attention` is what a token sees of each side, for a decoder counting itself."""
+        return 0 if self.causal else 1
+
+    def _kinds(self, config: ConfigJson) -> list[Kind]:
+        depth, every = config.size("num_hidden_layers"), config.size("global_attn_every_n_layers", 3)
+        types = config.take("layer_types", None) or [SLIDING if i % every else FULL for i in range(depth)]
+        if not isinstance(types, list) or len(types) != depth or any(kind not in (FULL, SLIDING) for kind in types):
+            raise Cannot(f"layer_types = {str(types)[:80]} must name {FULL} or {SLIDING} for each of {depth} layers")
+        half = config.size("local_attention", 128) // 2
+        config.expect("sliding_window", half)
+        window = half + self._itself()
+        return [Kind(None if kind == FULL else window, i == 0) for i, kind in enumerate(types)]
+
+
+class ModernBertDecoder(ModernBert):
+    """The same network as a decoder (Ettin)."""
+
+    architectures = ("ModernBertDecoderForCausalLM",)
+    model_type = "modernbert-decoder"
+    tensors = _rules(APART, "lm_head")
+    causal = True
 
 
 def _norm(config: ConfigJson) -> Callable:
     return F(LayerNorm, eps=config.take("norm_eps", 1e-5), bias=config.take("norm_bias", False))
-
-
-def _kinds(config: ConfigJson) -> list[Kind]:
-    depth, every = config.size("num_hidden_layers"), config.size("global_attn_every_n_layers", 3)
-    types = config.take("layer_types", None) or [SLIDING if i % every else FULL for i in range(depth)]
-    if not isinstance(types, list) or len(types) != depth or any(kind not in (FULL, SLIDING) for kind in types):
-        raise Cannot(f"layer_types = {str(types)[:80]} must name {FULL} or {SLIDING} for each of {depth} layers")
-    window = config.size("local_attention", 128) // 2 + 1  # as many tokens to each side, and itself
-    return [Kind(None if kind == FULL else window, i == 0) for i, kind in enumerate(types)]
 
 
 def _ropes(config: ConfigJson) -> dict[str, Callable]:

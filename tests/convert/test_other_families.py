@@ -69,6 +69,12 @@ def test_modernbert(name, tmp_path, record_property):
     assert np.abs(logits_of(again, tokens) - logits).max() <= 1e-5
 
 
+def test_modernbert_decoder(tmp_path, record_property):
+    knobs = SHAPE | {"local_attention": 8, "num_hidden_layers": 4, "pad_token_id": 0}
+    knobs |= {f"{kind}_token_id": i for i, kind in enumerate(("bos", "cls", "sep"))}
+    agree("modernbert decoder", "ModernBertDecoder", knobs, tmp_path, record_property)
+
+
 T5S = {
     "t5 v1.0": {"feed_forward_proj": "relu"},
     "t5 v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 1},

@@ -97,12 +97,13 @@ def decoded(graph, params, tokens) -> np.ndarray:
     return np.asarray(decode(params, tokens[:, :T]))
 
 
-def exported(net: Structure, params, model_type: str, out: pathlib.Path) -> pathlib.Path:
-    """Writes config.json and several shards as the job does."""
+def exported(net: Structure, params, model_type: str, out: pathlib.Path, knobs: dict | None = None) -> pathlib.Path:
+    """Writes config.json, with the special tokens among `knobs`, and several shards as the job does."""
     chosen, config = export_job.describe(net, model_type)
     out.mkdir()
     lengths = {} if chosen.length_key is None else {chosen.length_key: 128}
-    (out / "config.json").write_text(json.dumps(config | lengths | NO_TOKENS))
+    tokens = NO_TOKENS | {key: value for key, value in (knobs or {}).items() if key.endswith("_token_id")}
+    (out / "config.json").write_text(json.dumps(config | lengths | tokens))
     transfer.store(chosen, net, checkpoint_tree.flatten(params), directory=out, dtype="float32", shard_bytes=20_000)
     assert len(list(out.glob("*.safetensors"))) > 2
     return out
@@ -132,7 +133,7 @@ def agree(
     assert np.array_equal(found[:, T - 1 : -1].argmax(-1), tokens[:, T:])
     if decode:
         assert np.array_equal(decoded(graph, params, tokens), tokens[:, T:])
-    out = exported(net, params, family.model_type, tmp_path / "ours")
+    out = exported(net, params, family.model_type, tmp_path / "ours", knobs)
     if complete is not None:
         complete(out)
     again = reloaded(out)
