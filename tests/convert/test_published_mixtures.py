@@ -6,7 +6,8 @@ import math
 import pytest
 
 from maxlike import config
-from maxlike.convert import families, structure
+from maxlike.convert import export_job, families, structure
+from maxlike.convert.structure import Cannot
 
 DEEPSEEK_V3 = {
     "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
@@ -40,7 +41,8 @@ PUBLISHED = {
         "attention_method": "MLA", "auto_map": {"AutoConfig": "configuration_longcat_flash.LongcatFlashConfig"},
         "bos_token_id": 1, "eos_token_id": 2, "expert_ffn_hidden_size": 2048, "ffn_hidden_size": 12288,
         "hidden_size": 6144, "kv_lora_rank": 512, "max_position_embeddings": 131072, "mla_scale_kv_lora": True,
-        "mla_scale_q_lora": True, "moe_topk": 12, "n_routed_experts": 512, "num_attention_heads": 64, "num_layers": 28,
+        "mla_scale_q_lora": True, "model_type": "longcat_flash", "moe_topk": 12,
+        "n_routed_experts": 512, "num_attention_heads": 64, "num_layers": 28,
         "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05,
         "rope_theta": 10000000.0, "routed_scaling_factor": 6.0, "router_bias": False, "torch_dtype": "bfloat16",
         "use_cache": True, "v_head_dim": 128, "vocab_size": 131072, "zero_expert_num": 256,
@@ -142,6 +144,16 @@ def test_the_published_size_comes_out(name):
     assert size(network(values)) == expected
 
 
+@pytest.mark.parametrize("name", PUBLISHED | SIZES)
+def test_an_export_finds_the_family_by_itself(name):
+    """Every family looks at networks of all the others, and each is written as what it was read as."""
+    values = (PUBLISHED | SIZES)[name][1]
+    family, written = export_job.describe(network(values))
+    assert family.model_type == values["model_type"]
+    again = structure.of(families.network(written, "config.json")[1])
+    assert structure.difference(again, network(values), ("written", "read")) is None
+
+
 def test_what_only_training_knows_is_no_difference():
     """Losses, jitter, capacity and the rule of a bias; but dropping tokens in evaluation is one."""
     imports = ["import layers.balance", "import layers.dispatch"]
@@ -158,3 +170,32 @@ def test_what_only_training_knows_is_no_difference():
     )
     assert table("deepseek_v3", "balance.SignBias.rate = 0.01") is None
     assert "router/bias" in table("deepseek_v3", "routers.TopK.bias = None")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("mixtral_8x7b", {"num_experts_per_tok": 9}, "TopK.top_k=9"),
+        ("Qwen1.5-MoE-A2.7B", {"use_sliding_window": True}, "use_sliding_window = True"),
+        ("Qwen3-30B-A3B", {"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+        ("DeepSeek-V2-Lite", {"norm_topk_prob": True}, "norm_topk_prob = True"),
+        ("DeepSeek-V2-Lite", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias = True"),
+        ("deepseek_v3", {"num_key_value_heads": 16}, "num_key_value_heads = 16"),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("deepseek_v3", {"n_group": 7}, "GroupLimit.groups=7"),
+        ("deepseek_v3", {"kv_lora_rank": None}, "no kv_lora_rank"),
+        ("longcat_flash", {"zero_expert_type": "copy"}, "zero_expert_type = 'copy'"),
+        ("longcat_flash", {"q_lora_rank": None}, "no q_lora_rank"),
+        ("mamba2_2_7b", {"expand": 3}, "expand does not lead to 80 heads of 64"),
+        ("mamba2_2_7b", {"time_step_limit": [1.0]}, r"time_step_limit = .1\.0. must be two numbers"),
+        ("mamba2_2_7b", {"use_bias": True}, "use_bias = True"),
+        ("ettin_150m", {"layer_types": ["sliding_attention"]}, "layer_types"),
+        ("ettin_150m", {"causal_mask": True}, "causal_mask = True"),
+        ("t5-v1_1-small", {"feed_forward_proj": "gated-tanh"}, "feed_forward_proj = 'gated-tanh'"),
+        ("t5-v1_1-small", {"relative_attention_num_buckets": 7}, "RelativeBias.buckets=7"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(name, changes, words):
+    with pytest.raises(Cannot, match=words):
+        network((PUBLISHED | SIZES)[name][1] | changes)
