@@ -66,6 +66,8 @@ class Attention(nnx.Module, ReadsPrefix):
             )
         if head_dim is None and dim % H:
             raise ValueError(f"Attention.heads={heads} does not divide the width {dim}: change it, or set head_dim")
+        if head_dim is not None and head_dim < 1:
+            raise ValueError(f"Attention.head_dim={head_dim} must be at least 1, or None for the width / heads")
         if window is not None and window < 1:
             raise ValueError(f"Attention.window={window} must be at least 1 token, or None for the whole row")
         for name, value in (("scale", scale), ("soft_cap", soft_cap), ("branch_gain", branch_gain)):

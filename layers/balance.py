@@ -87,7 +87,8 @@ class LoadBalance:
     """E * sum_e f_e P_e: f_e the share of the choices that went to expert e (no gradient), P_e the mean probability of
     e; 1 when balanced (Switch, arXiv 2101.03961, eq. 4).
 
-    Coefficients written for the form whose minimum is top_k (Qwen2-MoE, MaxText) are to be multiplied by top_k.
+    Coefficients written for the form whose minimum is top_k (Qwen2-MoE, MaxText) are to be multiplied by top_k, and
+    those of a mean over layers (transformers) divided by the number of layers: here the losses of layers are summed.
     coefficient > 0: 1e-2 in Switch, 1e-3 to 1e-4 beside a bias. scope: "batch" counts all tokens of the (global)
     micro-batch, "sequence" each row, then averages rows (DeepSeek-V3).
     """

@@ -170,7 +170,8 @@ class MixtureOfDepths(nnx.Module):
     def idle_parameters(self) -> float:
         """Those of the block that a token does not use, on average over kept and other tokens."""
         variables = jax.tree.leaves(self.block, is_leaf=lambda part: isinstance(part, nnx.Variable))
-        return sum(variable.size for variable in variables) - self.capacity * active_parameters(self.block)
+        stored = sum(variable.size for variable in variables if isinstance(variable, nnx.Param))
+        return stored - self.capacity * active_parameters(self.block)
 
 
 def _refuse_distances(block: nnx.Module) -> None:

@@ -227,6 +227,8 @@ class CrossAttention(nnx.Module, ReadsPrefix):
 def _head_dim(owner: str, dim: int, heads: int, head_dim: int | None, scale: float) -> int:
     if heads < 1 or (head_dim is None and dim % heads):
         raise ValueError(f"{owner}.heads={heads} does not divide the width {dim}: change it, or set head_dim")
+    if head_dim is not None and head_dim < 1:
+        raise ValueError(f"{owner}.head_dim={head_dim} must be at least 1, or None for the width / heads")
     if scale <= 0:
         raise ValueError(f"{owner}.scale={scale} must be positive")
     return dim // heads if head_dim is None else head_dim

@@ -87,9 +87,10 @@ class NextToken:
         """Bool [B, T, M]: which modality each target is of; None without names."""
         if not self.modalities:
             return None
-        if model.modalities != len(self.modalities):
+        known = None if isinstance(model, EncoderDecoder) else model.modalities
+        if known != len(self.modalities):
             raise UserError(
                 f"NextToken.modalities names {len(self.modalities)} modalities and the model has "
-                f"{model.modalities or 'one'}: set LanguageModel.modality_starts to the first id of each but the first."
+                f"{known or 'one'}: set LanguageModel.modality_starts to the first id of each but the first."
             )
         return model.modality(targets_BT)[..., None] == jnp.arange(len(self.modalities))

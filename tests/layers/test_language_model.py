@@ -123,6 +123,7 @@ def gated(**knobs):
         (lambda: build(embed=F(Embed, positions=-1)), "Embed.positions=-1"),
         (lambda: attention(heads=3, kv_heads=2), "Attention.kv_heads=2"),
         (lambda: attention(heads=3), "Attention.heads=3"),
+        (lambda: attention(head_dim=0), "Attention.head_dim=0"),
         (lambda: attention(window=0), "Attention.window=0"),
         (lambda: attention(soft_cap=0.0), "Attention.soft_cap=0.0"),
         (

@@ -8,19 +8,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from layers.active import active_parameters
 from layers.attention import Attention
 from layers.auxiliary_router import AuxiliaryRouter
+from layers.balance import SignBias
 from layers.block import Block
 from layers.context import Context
+from layers.experts import Experts
 from layers.language_model import LanguageModel
 from layers.mamba2 import Mamba2
 from layers.mixture_of_depths import MixtureOfDepths
 from layers.mla import MLA
 from layers.mlp import GatedMLP
 from layers.modality_moe import ModalityMoE
+from layers.moe import MoE
 from layers.norm import RMSNorm
 from layers.relative_attention import RelativeAttention
 from layers.rope import RoPE
+from layers.routers import TopK
 from layers.shortcut_block import ShortcutBlock
 from layers.stack import Stack
 from tests.reference.moma import mixture_of_depths
@@ -168,6 +173,13 @@ def test_gradients_reach_the_router_and_skip_dropped_tokens():
     graph, params, _ = layer(capacity=0.25)
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(jnp.asarray(X), PLAIN)[0]))))(params)
     assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
+def test_active_parameters_do_not_count_what_is_no_parameter():
+    mixture = F(MoE, router=F(TopK, top_k=1, bias=SignBias), experts=F(Experts, count=2, width=4))
+    block = F(BLOCK, ffn=mixture)
+    whole = MixtureOfDepths(D, block=block, capacity=1.0, rngs=nnx.Rngs(0))
+    assert active_parameters(whole) == active_parameters(block(D, rngs=nnx.Rngs(0))) + D
 
 
 def test_flops_are_the_blocks_share():

@@ -117,6 +117,7 @@ def make(kind, **knobs):
         (lambda: make(RelativeAttention, dim=D, heads=2, scale=0.0), r"RelativeAttention.scale=0.0"),
         (lambda: make(RelativeAttention, dim=D, heads=2, causal=False).init_cache(1, 2, jnp.float32), "no cache"),
         (lambda: make(CrossAttention, dim=D, heads=0), r"CrossAttention.heads=0"),
+        (lambda: make(CrossAttention, dim=D, heads=2, head_dim=0), r"CrossAttention.head_dim=0"),
         (
             lambda: make(CrossAttention, dim=D, heads=2)(jnp.zeros((1, 2, D)), Context.of(jnp.zeros((1, 2)))),
             "output of an encoder",
