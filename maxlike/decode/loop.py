@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.language_model import LanguageModel
 from layers.stack import unroll
 from maxlike.decode.sampling import SamplingRows, draw, penalise
 
@@ -57,11 +58,10 @@ def generate(
     B, T = tokens_BT.shape
     model = unroll(model)
     cache = model.init_cache(B, T + max_new, cache_dtype)
-    # All but the last prompt token fill the cache; the loop begins with the last one. So no position of the prompt is
-    # ever projected to the vocabulary but the one that is needed, and there is one copy of the head and the sampler.
-    hidden_BTD, cache = model.extend(tokens_BT, cache, lengths_B - 1)
-    last_B = jnp.take_along_axis(tokens_BT, lengths_B[:, None] - 1, 1)[:, 0]
-    vocab = jax.eval_shape(model.logits, hidden_BTD[:, :1]).shape[-1]
+    # The loop begins with the hidden state of the last prompt token. So no position of the prompt is ever projected to
+    # the vocabulary but the one that is needed, and there is one copy of the head and the sampler.
+    hidden_B1D, cache = _read_prompt(model, tokens_BT, lengths_B, cache)
+    vocab = jax.eval_shape(model.logits, hidden_B1D).shape[-1]
     row_B1 = jnp.arange(B)[:, None]
     known_BT = jnp.where(jnp.arange(T) < lengths_B[:, None], tokens_BT, vocab)
     prompt_BV = jnp.zeros((B, vocab), bool).at[row_B1, known_BT].set(True, mode="drop")
@@ -72,19 +72,20 @@ def generate(
 
     def advance(state):
         live_B, n, out = ~state["done_B"], state["n"], state["out"]
-        hidden_B1D, cache = model.extend(state["last_B"][:, None], state["cache"], live_B.astype(jnp.int32))
-        logits_BV = model.logits(hidden_B1D)[:, 0]
+        logits_BV = model.logits(state["hidden_B1D"])[:, 0]
         token_B, drawn_B = draw(
             penalise(logits_BV, prompt_BV, state["counts_BV"], sampling), sampling, lengths_B + n, key
         )
         logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV, -1), token_B[:, None], 1)[:, 0]
         stopped_B = live_B & jnp.any(token_B[:, None] == stop_S, -1)
+        done_B = state["done_B"] | stopped_B | (n + 1 >= limits_B)
+        hidden_B1D, cache = model.extend(token_B[:, None], state["cache"], (~done_B).astype(jnp.int32))
         return {
             "n": n + 1,
-            "last_B": token_B,
+            "hidden_B1D": hidden_B1D,
             "cache": cache,
             "counts_BV": state["counts_BV"].at[jnp.arange(B), token_B].add(live_B.astype(jnp.int32)),
-            "done_B": state["done_B"] | stopped_B | (n + 1 >= limits_B),
+            "done_B": done_B,
             "out": Generated(
                 tokens_BN=out.tokens_BN.at[:, n].set(jnp.where(live_B, token_B, NO_TOKEN)),
                 counts_B=out.counts_B + live_B,
@@ -96,7 +97,7 @@ def generate(
 
     state = {
         "n": jnp.zeros((), jnp.int32),
-        "last_B": last_B,
+        "hidden_B1D": hidden_B1D,
         "cache": cache,
         "counts_BV": jnp.zeros((B, vocab), jnp.int32),
         "done_B": limits_B <= 0,
@@ -109,3 +110,14 @@ def generate(
         ),
     }
     return jax.lax.while_loop(unfinished, advance, state)["out"]
+
+
+def _read_prompt(model: Any, tokens_BT, lengths_B, cache) -> tuple[jax.Array, Any]:
+    """(hidden state of the last prompt token, cache with the prompt in it). A prompt goes in whole, for it may be a
+    prefix; only the token that opens a blank is no part of what comes before it."""
+    last_B1 = lengths_B[:, None] - 1
+    if isinstance(model, LanguageModel) and model.prompt == "blank":
+        _, cache = model.extend(tokens_BT, cache, lengths_B - 1)
+        return model.extend(jnp.take_along_axis(tokens_BT, last_B1, 1), cache)
+    hidden_BTD, cache = model.extend(tokens_BT, cache, lengths_B)
+    return jnp.take_along_axis(hidden_BTD, last_B1[..., None], 1), cache

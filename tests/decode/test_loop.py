@@ -16,6 +16,7 @@ from layers.language_model import LanguageModel
 from layers.mlp import GatedMLP
 from layers.norm import RMSNorm
 from layers.rope import RoPE
+from layers.rope2d import RoPE2D
 from layers.stack import Stack
 from maxlike.decode.loop import generate
 from maxlike.decode.sampling import Sampling, SamplingRows
@@ -121,6 +122,38 @@ def test_a_row_is_the_same_in_any_batch_and_slot(run, prompts):
 def test_padding_of_the_prompt_is_not_read(run, prompts, greedy):
     junk = np.where(np.arange(T) < LENGTHS[:, None], prompts, 7)
     np.testing.assert_array_equal(run(junk, GREEDY).tokens_BN, greedy.tokens_BN)
+
+
+@pytest.mark.parametrize("prompt", ["prefix", "blank"])
+def test_a_prompt_that_is_a_prefix_is_read_whole(prompt):
+    """Greedy tokens are those of whole rows in which prompt tokens see each other; a blank's opening token is the
+    first of what fills it."""
+    lengths, new, rope = np.array([5, 1, 3]), 4, RoPE2D if prompt == "blank" else RoPE
+    block = F(Block, mixer=F(Attention, heads=2, rope=rope), ffn=F(GatedMLP, width=24), norm=RMSNorm)
+    make = F(LanguageModel, vocab=50, dim=16, stack=F(Stack, pattern=(block,), depth=2), norm=RMSNorm, prompt=prompt)
+    graph, params, _ = random_module(lambda rngs: make(rngs=rngs))
+    model = nnx.merge(graph, jax.tree.map(jnp.asarray, params))
+    tokens = np.random.default_rng(5).integers(0, 50, (3, 5)).astype(np.int32)
+    sampling = SamplingRows.of([Sampling(temperature=0.0)] * 3)
+    stop, limits = np.array([-1]), np.full(3, new)
+    key = jax.random.key(0)
+
+    @jax.jit
+    def run(params):
+        return generate(nnx.merge(graph, params), tokens, lengths, sampling, limits, stop, key, max_new=new)
+
+    out = run(params)
+    for b, length in enumerate(lengths):
+        row = np.concatenate([tokens[b, :length], out.tokens_BN[b]])[None]
+        index, prefix = np.arange(row.shape[1])[None], max(length - (prompt == "blank"), 1)
+        ctx = Context.of(jnp.asarray(row), prefix_BT=jnp.asarray(index < prefix))
+        if prompt == "blank":
+            blocks = np.maximum(index - prefix + 1, 0)
+            ctx = ctx.replace(blocks_BT=jnp.asarray(blocks), anchors_BT=jnp.asarray(index - blocks))
+        logits = model.logits(model(jnp.asarray(row), ctx).hidden_BTD)[0]
+        logprobs = jax.nn.log_softmax(logits[length - 1 : -1])
+        np.testing.assert_array_equal(out.tokens_BN[b], logprobs.argmax(-1))
+        np.testing.assert_allclose(out.logprobs_BN[b], logprobs.max(-1), atol=1e-4)
 
 
 def test_stop_tokens_end_a_row_and_only_that_row(run, prompts, greedy):
