@@ -21,7 +21,7 @@ SHARED = NONE | {
 NETWORKS = {
     "deepseek_v3": SHARED | {
         "architectures": ["DeepseekV3ForCausalLM"], "intermediate_size": 32, "first_k_dense_replace": 1,
-        "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": None,
+        "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 8,
         "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "tie_word_embeddings": True,
     },
     "qwen3_next": SHARED | {
