@@ -59,7 +59,7 @@ CASES = {
         "DeepseekV3",
         LATENT | {
             "q_lora_rank": 14, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
-            "num_experts_per_tok": 3, "first_k_dense_replace": 1, "num_hidden_layers": 3,
+            "num_experts_per_tok": 3, "first_k_dense_replace": 1,
             "rope_parameters": YARN | {"mscale": 1.3, "mscale_all_dim": 0.6},
         },
     ),
