@@ -271,7 +271,9 @@ def _metrics(results: list[Routed], members: list[jax.Array]) -> dict[str, jax.A
         "dropped": (wanted - taken) / jnp.maximum(wanted, 1),
         "max_load": jnp.max(jnp.stack(loads)),
     }
-    told = [result.agreement for result in results if result.agreement]
+    # Groups count alike, but for those whose modality does not occur.
+    told = [(result.agreement, jnp.any(member_SN)) for result, member_SN in zip(results, members) if result.agreement]
     if told:
-        metrics |= {name: sum(one[name] for one in told) / len(told) for name in told[0]}
+        groups = jnp.maximum(sum(occurs.astype(jnp.float32) for _, occurs in told), 1.0)
+        metrics |= {name: sum(one[name] for one, _ in told) / groups for name in told[0][0]}
     return metrics

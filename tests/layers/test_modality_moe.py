@@ -118,6 +118,14 @@ def test_a_permutation_of_the_scope_permutes_the_outputs():
     np.testing.assert_allclose(moved, plain[:, order], atol=1e-6)
 
 
+def test_a_modality_that_does_not_occur_lowers_no_mean():
+    graph, params, call = layer(groups=(4, 3), auxiliary=AuxiliaryRouter)
+    _, aux = call(params, X, context(np.zeros((B, T), int)))
+    text = nnx.merge(graph, params).groups[0].by_choice(jnp.asarray(X), jnp.asarray(SEGMENTS) > 0, None)
+    for name, value in text.agreement.items():
+        assert float(aux[name]) == pytest.approx(float(value), rel=1e-5) and value > 0
+
+
 def test_images_do_not_touch_text():
     _, params, call = layer(groups=(4, 3))
     plain, _ = call(params, X, context())
