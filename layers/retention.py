@@ -16,6 +16,7 @@ from layers.context import Context
 from layers.linear import Linear
 from layers.norm import RMSNorm
 from layers.rope import RoPE, rotary
+from layers.rope2d import RoPE2D
 
 HEAD_NORM = functools.partial(RMSNorm, gain="none")
 
@@ -61,6 +62,10 @@ class Retention(nnx.Module):
         self.value = Linear((dim,), (H, K), ("embed",), head_axes, rngs=rngs)
         self.gate = Linear((dim,), (H, K), ("embed",), head_axes, rngs=rngs)
         self.rope = rotary("Retention", rope, N)
+        if isinstance(self.rope, RoPE2D):
+            raise ValueError(
+                "Retention.rope=RoPE2D needs blocks of a filled-in blank, which it does not read: use RoPE"
+            )
         self.norm = norm(K, rngs=rngs)
         self.out = Linear((H, K), (dim,), head_axes, ("embed",), rngs=rngs)
 

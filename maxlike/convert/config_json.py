@@ -96,7 +96,9 @@ class ConfigJson:
         self._used.update(keys)
 
     def finish(self) -> None:
-        """Refuses the keys that nothing took."""
+        """Refuses the keys that nothing took. A network that does not ask is no encoder-decoder, and may say so."""
+        if "is_encoder_decoder" not in self._used:
+            self.expect("is_encoder_decoder", False)
         bookkeeping = ("_", "transformers")
         left = {
             key: value

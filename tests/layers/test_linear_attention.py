@@ -21,6 +21,7 @@ from layers.mla import MLA
 from layers.mlp import GatedMLP
 from layers.retention import Retention
 from layers.rope import RoPE
+from layers.rope2d import RoPE2D
 from layers.stack import Stack
 from tests.reference import recurrence as naive
 from tests.reference.random import random_module
@@ -191,6 +192,7 @@ def test_the_cache_does_not_grow():
         (LightningAttention, {"heads": 4, "lrpe": functools.partial(LRPE, base=0.0)}, "base=0.0"),
         (LightningAttention, {"heads": 4, "lrpe": RoPE}, "LightningAttention.lrpe .* use LRPE"),
         (Retention, {"heads": 4, "rope": LRPE}, "Retention.rope .* use RoPE"),
+        (Retention, {"heads": 4, "rope": RoPE2D}, "Retention.rope=RoPE2D"),
         (Attention, {"heads": 4, "rope": LRPE}, "Attention.rope .* use RoPE"),
         (MLA, {"heads": 4, "kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 4, "rope": LRPE}, "MLA.rope"),
         (Retention, {"heads": 5}, "heads=5"),
