@@ -197,6 +197,7 @@ class Store:
         except OSError as error:
             self._failed(step, error)
             return
+        self._sweep()  # threads of Orbax may have written on after the failure of an earlier save
         try:
             for old in set(self.steps()) - self._kept(step):
                 files.remove(self.directory / str(old))

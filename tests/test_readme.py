@@ -4,7 +4,7 @@ import pathlib
 import re
 import sys
 
-from maxlike import config
+from maxlike import catalog, config
 from maxlike.bench.timed import random_batch
 from maxlike.program import Program
 from tests import tiny
@@ -32,8 +32,10 @@ def test_the_mixer_of_ones_own(tmp_path, monkeypatch):
 
 def test_the_commands_name_what_exists():
     text = README.read_text()
-    for overlay in re.findall(r"--overlay (\S+)", text):
-        config.load("quickstart", overlays=[overlay])
+    for line in re.findall(r"python -m launch --experiment .*", text):
+        name = re.search(r"--experiment (\S+)", line)[1]
+        if name in catalog.names("experiment"):  # not one of the reader's own
+            config.load(name, overlays=[overlay.rstrip(".") for overlay in re.findall(r"--overlay (\S+)", line)])
     for job in set(re.findall(r"--job (\w+)", text)):
         config.load("quickstart", job=job)
     for path in re.findall(r"\]\(([^)]+)\)", text):
