@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from layers import kernels
 from layers.active import active_parameters
 from maxlike import catalog, config
 from maxlike.bench.timed import random_batch
@@ -143,6 +144,29 @@ def test_the_large_ones_lower_at_full_size(name, mesh):
     batch = random_batch(experiment, experiment.bare().vocab)
     text = Program.of(experiment, experiment.mesh.open()).lower_step(batch).as_text()
     assert "sharding" in text and f"tensor<{experiment.bare().padded_vocab}x{experiment.bare().dim}xf32>" in text
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", ["moe", "moma", "linear_attention", "mamba_hybrid"])
+def test_the_families_lower_for_accelerators(name, platform):
+    bindings = [*TINY[f"families/{name}"], SCANNED, "step.Step.compute_dtype = 'bfloat16'"]
+    experiment = config.load(f"families/{name}", bindings=bindings)
+    program = Program.of(experiment, experiment.mesh.open())
+    batch = program.abstract_batch(random_batch(experiment, experiment.bare().vocab))
+
+    def step(state, batch, allow):
+        return experiment.step.update(
+            state,
+            batch,
+            allow,
+            model=program.model,
+            objective=experiment.objective,
+            optimizer=program.optimizer,
+        )
+
+    with kernels.compile_for("gpu" if platform == "cuda" else "tpu"):
+        traced = jax.jit(step).trace(program.state, batch, jax.ShapeDtypeStruct((), bool))
+    assert "bf16" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("name", catalog.names("job"))
