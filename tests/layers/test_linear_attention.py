@@ -35,6 +35,10 @@ def built(part, **knobs):
     return nnx.merge(graph, params), jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
 
 
+def output(mixer, x_BTD, ctx) -> jax.Array:
+    return jax.jit(mixer.__call__)(x_BTD, ctx)[0]
+
+
 def row() -> tuple[np.ndarray, Context]:
     x_BTD = np.random.default_rng(3).standard_normal((B, T, D)).astype(np.float32)
     return x_BTD, Context.of(jnp.zeros((B, T)))
@@ -79,7 +83,7 @@ def test_lightning_is_the_parallel_form_of_the_paper(decay, lrpe):
         scores = np.einsum("bthk,bshk,tshk->bhts", q, k, turn)
     o = np.einsum("bhts,bshk->bthk", scores * mask_HTS, v)
     expected = out(rms(o.reshape(B, T, D)).reshape(o.shape) * u, p)
-    got = mixer(x_BTD, ctx.replace(layer=jnp.int32(layer)))[0]
+    got = output(mixer, x_BTD, ctx.replace(layer=jnp.int32(layer)))
     np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
 
 
@@ -113,7 +117,7 @@ def test_retention_is_the_paper():
     log_decay = np.log(1 - 2.0 ** (-5 - np.arange(H)))
     o, _ = naive.recurrence(q * (D // H) ** -0.5, k, v, log_decay=log_decay)
     expected = out(silu(g) * rms(o), p)
-    np.testing.assert_allclose(mixer(x_BTD, ctx)[0], expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(output(mixer, x_BTD, ctx), expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_gated_linear_attention_is_the_paper():
@@ -123,7 +127,7 @@ def test_gated_linear_attention_is_the_paper():
     gate = heads(x_BTD @ p["decay_in"]["kernel"], p["decay_out"]["kernel"]) + p["decay_out"]["bias"]
     o, _ = naive.recurrence(q * (D // 2 // H) ** -0.5, k, v, log_decay=-np.log1p(np.exp(-gate)) / 16)
     expected = out(silu(g) * rms(o, p["norm"]["gain"]), p)
-    np.testing.assert_allclose(mixer(x_BTD, ctx)[0], expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(output(mixer, x_BTD, ctx), expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_delta_net_is_the_paper():
@@ -140,7 +144,7 @@ def test_delta_net_is_the_paper():
     beta = 1 / (1 + np.exp(-np.einsum("btd,dh->bth", x_BTD, p["beta"]["kernel"])))
     o, _ = naive.recurrence(q * (D // H) ** -0.5, k, v, beta=beta)
     expected = out(rms(o, p["norm"]["gain"]), p)
-    np.testing.assert_allclose(mixer(x_BTD, ctx)[0], expected, atol=3e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(output(mixer, x_BTD, ctx), expected, atol=3e-5 * np.abs(expected).max())
 
 
 def test_a_network_of_them_decodes_as_it_trains():
@@ -157,12 +161,15 @@ def test_a_network_of_them_decodes_as_it_trains():
         remat="full",
     )
     embed = functools.partial(Embed, scale=D**0.5)
-    model = LanguageModel(vocab=11, dim=D, stack=stack, norm=SimpleRMSNorm, embed=embed, rngs=nnx.Rngs(params=0))
+    graph, params, _ = random_module(
+        lambda rngs: LanguageModel(vocab=11, dim=D, stack=stack, norm=SimpleRMSNorm, embed=embed, rngs=rngs)
+    )
+    model = nnx.merge(graph, params)
     tokens_BT = np.random.default_rng(0).integers(0, 11, (B, T)).astype(np.int32)
-    whole = model(tokens_BT, Context.of(tokens_BT)).hidden_BTD
-    cache, parts = model.init_cache(B, T, jnp.float32), []
-    for begin, end in ((0, 13), (13, 14), (14, T)):
-        hidden_BTD, cache = model.extend(tokens_BT[:, begin:end], cache)
+    whole = jax.jit(lambda tokens_BT: model(tokens_BT, Context.of(tokens_BT)).hidden_BTD)(tokens_BT)
+    cache, parts, extend = model.init_cache(B, T, jnp.float32), [], jax.jit(model.extend)
+    for begin, end in ((0, 10), (10, 11), (11, T)):
+        hidden_BTD, cache = extend(tokens_BT[:, begin:end], cache)
         parts.append(hidden_BTD)
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=2e-5)
     assert sum(leaf.size for leaf in jax.tree.leaves(cache["stack"])) == B * (2 + 1 + 1) * D * D // H

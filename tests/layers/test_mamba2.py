@@ -83,16 +83,20 @@ def test_without_decay_and_with_unit_steps_it_is_attention_without_softmax():
     """The identity behind the mapping from attention: C is the query, B the key, x the value."""
     graph, params, _ = random_module(lambda rngs: VARIANTS["kv_heads"](D, rngs=rngs))
     layer = nnx.merge(graph, plain(params, a_log=-60.0, dt=1.0))
-    q, k, v = (
-        np.asarray(jax.nn.silu(conv(linear(jnp.asarray(U_TD)[None]))))[0]
-        for conv, linear in ((layer.C_conv, layer.C), (layer.B_conv, layer.B), (layer.x_conv, layer.x))
-    )
-    k, v = np.repeat(k, 2, 1), np.repeat(v, 2, 1)
-    score_HTS = np.einsum("thn,shn->hts", q, k) * np.tril(np.ones((T, T)))
-    y_TF = np.einsum("hts,shp->thp", score_HTS, v).reshape(T, -1)
-    want = layer.out(layer.norm(jnp.asarray(y_TF, jnp.float32), layer.z(U_TD).reshape(T, -1)).reshape(T, 4, 3))
+
+    @jax.jit
+    def attention(u_TD):
+        q, k, v = (
+            jax.nn.silu(conv(linear(u_TD[None])))[0]
+            for conv, linear in ((layer.C_conv, layer.C), (layer.B_conv, layer.B), (layer.x_conv, layer.x))
+        )
+        k, v = jnp.repeat(k, 2, 1), jnp.repeat(v, 2, 1)
+        score_HTS = jnp.einsum("thn,shn->hts", q, k) * jnp.tril(jnp.ones((T, T)))
+        y_TF = jnp.einsum("hts,shp->thp", score_HTS, v).reshape(T, -1)
+        return layer.out(layer.norm(y_TF, layer.z(u_TD).reshape(T, -1)).reshape(T, 4, 3))
+
     got = jax.jit(layer.__call__)(jnp.asarray(U_TD)[None], rows(ONE_T))[0][0]
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(got, attention(jnp.asarray(U_TD)), atol=1e-5)
 
 
 def test_a_time_step_of_zero_leaves_the_state_alone():
@@ -114,8 +118,12 @@ def test_the_cache_is_of_constant_size_and_its_state_float32():
 
 
 def test_initial_values():
-    layer = Mamba2(32, heads=512, head_dim=4, state=8, rngs=nnx.Rngs(params=0))
-    dt = np.asarray(jax.nn.softplus(layer.dt_bias[...]))
+    def made():
+        return nnx.split(Mamba2(32, heads=512, head_dim=4, state=8, rngs=nnx.Rngs(params=0)))
+
+    graph = jax.eval_shape(made)[0]
+    layer = nnx.merge(graph, jax.jit(lambda: nnx.to_pure_dict(made()[1]))())
+    dt = np.logaddexp(0, np.asarray(layer.dt_bias[...]))
     assert dt.min() >= 1e-3 * 0.99 and dt.max() <= 0.1 * 1.01
     np.testing.assert_allclose(np.log(dt).mean(), np.log(0.01), atol=0.2)  # the middle of a log-uniform in [1e-3, 0.1]
     rate = np.exp(np.asarray(layer.A_log[...]))
@@ -241,11 +249,16 @@ def test_logits_and_steps_are_those_of_transformers(groups):
     tokens = jnp.asarray(tokens)
     whole = jax.jit(lambda tokens: ours.logits(ours(tokens, Context.of(tokens)).hidden_BTD))(tokens)
     np.testing.assert_allclose(whole, want, atol=1e-4)
-    step = jax.jit(ours.extend)
-    hidden, cache = step(tokens[:, :21], ours.init_cache(2, 32, jnp.float32))
-    np.testing.assert_allclose(ours.logits(hidden), want[:, :21], atol=1e-4)
+
+    @jax.jit
+    def step(tokens, cache):
+        hidden, cache = ours.extend(tokens, cache)
+        return ours.logits(hidden), cache
+
+    got, cache = step(tokens[:, :21], ours.init_cache(2, 32, jnp.float32))
+    np.testing.assert_allclose(got, want[:, :21], atol=1e-4)
     for t, logits in zip(range(21, 27), stepped):
-        hidden, cache = step(tokens[:, t : t + 1], cache)
-        np.testing.assert_allclose(ours.logits(hidden)[:, 0], logits, atol=1e-4)
+        got, cache = step(tokens[:, t : t + 1], cache)
+        np.testing.assert_allclose(got[:, 0], logits, atol=1e-4)
     worst = float(np.abs(np.asarray(whole) - want).max())
     print(f"Mamba2ForCausalLM, {groups} groups: largest difference of logits {worst:.1e}")

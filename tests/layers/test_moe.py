@@ -70,12 +70,13 @@ def test_values_and_gradients_equal_the_dense_loop(name):
     def theirs(params, x_BTD):
         return dense(params, x_BTD.reshape(-1, D), **ROUTED[name])[0].reshape(x_BTD.shape)
 
-    def both(f):
+    def both(f, params, x_BTD):
         y, pull = jax.vjp(f, params, x_BTD)
         return y, pull(g_BTD)
 
-    for a, b in zip(jax.tree.leaves(jax.jit(both, static_argnums=0)(ours)), jax.tree.leaves(both(theirs)), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(jnp.abs(b).max())))
+    got, want = jax.jit(lambda *x: (both(ours, *x), both(theirs, *x)))(params, x_BTD)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(np.abs(b).max())))
 
 
 def test_every_part_together_equals_the_dense_loop():
@@ -84,20 +85,25 @@ def test_every_part_together_equals_the_dense_loop():
     zero = F(ZeroExperts, identity=1, zero=1, constant=1)
     graph, params = made(router=router, zero_experts=zero, shared=F(GatedMLP, width=4), shared_gate=True)
     params["router"]["bias"] *= 0.2  # small enough to leave every expert some tokens
-    x_TD = inputs().reshape(-1, D)
-    y_TD, weight_TE = dense(
-        params, x_TD, top_k=4, score="sigmoid", norm_topk=True, bias_E=params["router"]["bias"], limit=(3, 2, 2)
-    )
-    assert (np.asarray(weight_TE[:, E:]) > 0).any(0).all(), "an expert without a token tests nothing"
-    a_T = jax.nn.sigmoid(x_TD @ params["zero_experts"]["mix"][0])[:, None]
-    constant_TD = a_T * x_TD + (1 - a_T) * params["zero_experts"]["vector"][0]
-    y_TD += weight_TE[:, E, None] * x_TD + weight_TE[:, E + 2, None] * constant_TD
-    mlp = {name: params["shared"][name]["kernel"] for name in ("gate", "up", "down")}
-    shared_TD = (jax.nn.silu(x_TD @ mlp["gate"]) * (x_TD @ mlp["up"])) @ mlp["down"]
-    y_TD += jax.nn.sigmoid(x_TD @ params["shared_gate"])[:, None] * shared_TD
+    x_TD = np.asarray(inputs()).reshape(-1, D)
+
+    @jax.jit
+    def whole(params, x_TD):
+        y_TD, weight_TE = dense(
+            params, x_TD, top_k=4, score="sigmoid", norm_topk=True, bias_E=params["router"]["bias"], limit=(3, 2, 2)
+        )
+        a_T = jax.nn.sigmoid(x_TD @ params["zero_experts"]["mix"][0])[:, None]
+        constant_TD = a_T * x_TD + (1 - a_T) * params["zero_experts"]["vector"][0]
+        y_TD += weight_TE[:, E, None] * x_TD + weight_TE[:, E + 2, None] * constant_TD
+        mlp = {name: params["shared"][name]["kernel"] for name in ("gate", "up", "down")}
+        shared_TD = (jax.nn.silu(x_TD @ mlp["gate"]) * (x_TD @ mlp["up"])) @ mlp["down"]
+        return y_TD + jax.nn.sigmoid(x_TD @ params["shared_gate"])[:, None] * shared_TD, weight_TE
+
+    y_TD, weight_TE = (np.asarray(z) for z in whole(params, x_TD))
+    assert (weight_TE[:, E:] > 0).any(0).all(), "an expert without a token tests nothing"
     got, aux = call(graph)(params, x_TD.reshape(B, T, D), PLAIN)
-    np.testing.assert_allclose(got.reshape(-1, D), y_TD, atol=2e-5)
-    visited_T = np.asarray(weight_TE[:, :E] > 0).sum(1)
+    np.testing.assert_allclose(np.reshape(got, (-1, D)), y_TD, atol=2e-5)
+    visited_T = (weight_TE[:, :E] > 0).sum(1)
     np.testing.assert_allclose(aux["ffn_experts"], visited_T.mean(), rtol=1e-6)
     np.testing.assert_allclose(aux["ffn_experts_std"], visited_T.std(), rtol=1e-5)
     np.testing.assert_allclose(aux["bias"], np.abs(params["router"]["bias"]).max())
@@ -108,13 +114,17 @@ def test_every_part_together_equals_the_dense_loop():
 def test_only_identity_experts_return_their_weight_times_the_input():
     graph, params = made(router=F(TopK, top_k=2, scale=3.0), zero_experts=F(ZeroExperts, identity=2))
     params["router"]["kernel"] = jnp.zeros((D, E + 2))  # equal probabilities: the bias decides
-    moe = nnx.merge(graph, params)
-    routing = moe.router(inputs(), PLAIN)
-    np.testing.assert_array_equal(routing.index_BTJ, np.broadcast_to([0, 1], (B, T, 2)))
-    x_BTD = inputs()
-    index_BTJ = jnp.full((B, T, 2), jnp.array([0, 1]))
-    got = moe.zero_experts(x_BTD, index_BTJ, routing.weight_BTJ)
-    np.testing.assert_allclose(got, 3.0 * 2 / (E + 2) * x_BTD, rtol=1e-5)
+
+    @jax.jit
+    def both(params, x_BTD):
+        moe = nnx.merge(graph, params)
+        routing = moe.router(x_BTD, PLAIN)
+        index_BTJ = jnp.full((B, T, 2), jnp.array([0, 1]))
+        return routing.index_BTJ, moe.zero_experts(x_BTD, index_BTJ, routing.weight_BTJ)
+
+    index_BTJ, got = both(params, inputs())
+    np.testing.assert_array_equal(index_BTJ, np.broadcast_to([0, 1], (B, T, 2)))
+    np.testing.assert_allclose(got, 3.0 * 2 / (E + 2) * np.asarray(inputs()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("priority", ["position", "probability"])
@@ -122,22 +132,28 @@ def test_capacity_serves_as_bookkeeping_says(priority):
     capacity = F(Capacity, factor=0.8, minimum=1, priority=priority)
     graph, params = made(router=F(TopK, top_k=2), dispatch=capacity)
     x_BTD = inputs()
-    real_BT = jnp.arange(T)[None] < jnp.array([T, 8])[:, None]
-    ctx = PLAIN.replace(segments_BT=real_BT.astype(jnp.int32), train=True)
-    got, aux = call(graph)(params, x_BTD, ctx)
-    routing = nnx.merge(graph, params).router(x_BTD, ctx)
+    real_BT = np.arange(T)[None] < np.array([T, 8])[:, None]
+    ctx = PLAIN.replace(segments_BT=jnp.asarray(real_BT, jnp.int32), train=True)
+
+    @jax.jit
+    def parts(params, x_BTD):
+        moe = nnx.merge(graph, params)
+        routing = moe.router(x_BTD, ctx)
+        y_NED = reference.experts(x_BTD.reshape(-1, D), *(params["experts"][name] for name in ("gate", "up", "down")))
+        return moe(x_BTD, ctx), routing.index_BTJ, routing.weight_BTJ, y_NED.reshape(B, T, E, D)
+
+    (got, aux), index_BTJ, weight_BTJ, y_BTED = jax.tree.map(np.asarray, parts(params, x_BTD))
     C = math.ceil(0.8 * T * 2 / E)
     kept = 0
     for b in range(B):
         order = [t for t in range(T) if real_BT[b, t]]
         if priority == "probability":
-            order.sort(key=lambda t: -float(routing.weight_BTJ[b, t, 0]))
-        pairs = reference.served(np.asarray(routing.index_BTJ[b]), E, C, order)
+            order.sort(key=lambda t: -float(weight_BTJ[b, t, 0]))
+        pairs = reference.served(index_BTJ[b], E, C, order)
         kept += len(pairs)
-        y_TED = reference.experts(x_BTD[b], *(params["experts"][name] for name in ("gate", "up", "down")))
         want_TD = np.zeros((T, D), np.float32)
         for t, j in pairs:
-            want_TD[t] += routing.weight_BTJ[b, t, j] * y_TED[t, routing.index_BTJ[b, t, j]]
+            want_TD[t] += weight_BTJ[b, t, j] * y_BTED[b, t, index_BTJ[b, t, j]]
         np.testing.assert_allclose(got[b], want_TD, atol=1e-5)
     assert 0 < kept < 2 * (T + 8)
     np.testing.assert_allclose(aux["dropped"], 1 - kept / (2 * (T + 8)), rtol=1e-5)
@@ -184,10 +200,14 @@ def test_bias_learns_from_the_choices_of_real_tokens_alone():
     graph, params = made(router=F(TopK, top_k=2, bias=SignBias))
     real_BT = jnp.broadcast_to(jnp.arange(T) < 7, (B, T))
     ctx, x_BTD = PLAIN.replace(segments_BT=real_BT.astype(jnp.int32)), inputs()
-    gradient = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(x_BTD, ctx)[0])))(params)
-    statistic = gradient["router"]["bias"]
-    index = np.asarray(nnx.merge(graph, params).router(x_BTD, ctx).index_BTJ)[:, :7]
-    np.testing.assert_array_equal(statistic, np.bincount(index.ravel(), minlength=E))
+
+    def total(params):
+        moe = nnx.merge(graph, params)
+        return jnp.sum(moe(x_BTD, ctx)[0]), moe.router(x_BTD, ctx).index_BTJ
+
+    gradient, index = jax.jit(jax.grad(total, has_aux=True))(params)
+    chosen = np.asarray(index)[:, :7].ravel()
+    np.testing.assert_array_equal(gradient["router"]["bias"], np.bincount(chosen, minlength=E))
 
 
 def test_jitter_moves_the_choice_in_training_only():
@@ -216,12 +236,9 @@ def test_flops_are_what_xla_counts_at_a_capacity_of_the_mean_load():
 
 def test_flops_are_of_the_experts_that_a_token_visits():
     around = 2 * D * E
-    assert MoE(D, router=F(TopK, top_k=2), experts=EXPERTS, rngs=nnx.Rngs(params=0)).flops_per_token(9) == (
-        around + 2 * 6 * D * WIDTH
-    )
+    assert nnx.merge(*made(router=F(TopK, top_k=2))).flops_per_token(9) == around + 2 * 6 * D * WIDTH
     budget = F(TopK, top_k=3, bias=F(BudgetBias, target=2.5))
-    zero = F(ZeroExperts, identity=2)
-    moe = MoE(D, router=budget, experts=EXPERTS, zero_experts=zero, rngs=nnx.Rngs(params=0))
+    moe = nnx.merge(*made(router=budget, zero_experts=F(ZeroExperts, identity=2)))
     assert moe.flops_per_token(9) == 2 * D * (E + 2) + 2.5 * 6 * D * WIDTH
 
 
