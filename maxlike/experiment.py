@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from layers.language_model import LanguageModel
 from maxlike.checkpoint import Checkpoints
 from maxlike.data.data import Data
 from maxlike.data.loader import FiniteBatches
+from maxlike.data.mixed import TextAndPictures
 from maxlike.data.pictures import Pictures
 from maxlike.errors import UserError
 from maxlike.hooks import Hook
@@ -86,6 +88,14 @@ class Experiment:
             raise UserError(
                 f"the tokenizer has {ids} ids and LanguageModel.vocab is {vocab}: raise it to at least {ids}"
             )
+        tokenizer, network = self.data.tokenizer, self.bare()
+        if isinstance(tokenizer, TextAndPictures) and isinstance(network, LanguageModel):
+            first = tokenizer.first_code_id
+            if network.modality_starts and network.modality_starts[0] != first:
+                raise UserError(
+                    f"LanguageModel.modality_starts={network.modality_starts} begins elsewhere than the pictures' ids "
+                    f"of the tokenizer: set it to ({first},)"
+                )
 
     def bare(self) -> Any:
         """The network's structure with shapes in place of numbers: for its methods that need none."""

@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any, Literal
 
+import tokenizers
 from flax import nnx
 
 from layers.stack import Stack
@@ -56,7 +57,8 @@ class Pretrained:
 def tokenizer(*, source: str) -> Tokenizer:
     """The tokenizer in DIR: its byte-level tokenizer.json, else its SentencePiece tokenizer.model.
 
-    The tokens that open and close a document are those that tokenizer_config.json names, else config.json's ids.
+    The tokens that open and close a document are those that tokenizer_config.json names, else config.json's ids. A
+    prompt begins with the opening one only where the tokenizer.json itself puts it in front of a text.
     """
     where = directory(source)
     if (where / "tokenizer.model").is_file():
@@ -68,7 +70,15 @@ def tokenizer(*, source: str) -> Tokenizer:
     names = {kind: _special(where, kind) for kind in ("eos", "bos")}
     if names["eos"] is None:
         raise UserError(f"{where} does not say which token ends a text: add eos_token to its tokenizer_config.json")
-    return HuggingFace(path=f"{source}/tokenizer.json", eos=names["eos"], bos=names["bos"])
+    path = where / "tokenizer.json"
+    return HuggingFace(path=f"{source}/{path.name}", eos=names["eos"], bos=names["bos"], opens_prompts=_opens(path))
+
+
+def _opens(path: pathlib.Path) -> bool:
+    """Whether a tokenizer.json puts a special token in front of a text."""
+    model = tokenizers.Tokenizer.from_file(str(path))
+    plain, special = (model.encode("a", add_special_tokens=add).ids for add in (False, True))
+    return special[: len(plain)] != plain
 
 
 def directory(source: str) -> pathlib.Path:

@@ -1,9 +1,10 @@
 """Tokenizers: text to ids and back, exactly, and how many bytes of text each id stands for.
 
 Every tokenizer has `vocab_size`, `eos_id` (closes a document), `bos_id` (opens one, so that its first token has a
-prediction too; the same as eos unless told otherwise), `encode`, `encode_batch`, `decode`, `bytes_per_token` and
-`fingerprint`. A special token stands for 0 bytes and is never made from text: a document that spells it out is
-encoded letter by letter. Files are read at first use and nothing in them is executed.
+prediction too; the same as eos unless told otherwise), `opens_prompts` (whether a prompt to continue begins with bos as
+documents do), `encode`, `encode_batch`, `decode`, `bytes_per_token` and `fingerprint`. A special token stands for 0
+bytes and is never made from text: a document that spells it out is encoded letter by letter. Files are read at first
+use and nothing in them is executed.
 """
 
 import functools
@@ -26,6 +27,7 @@ class Tokenizer:
     bos_id: int
     fingerprint: str
     bytes_per_token: np.ndarray
+    opens_prompts: bool = True
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32, without special tokens."""
@@ -107,13 +109,15 @@ class HuggingFace(ByteLevelTokenizer):
 
     path: the file.
     eos, bos: the special tokens that close and open a document, by name; bos=None takes eos for both.
+    opens_prompts: whether a prompt to continue begins with the opening token; a model that somebody else trained
+        without one wants False.
     Refuses a file it cannot read, a name the vocabulary lacks, and models that lose text (WordPiece, lower-casing
     without byte-level), for which bits per byte would be wrong.
     """
 
-    def __init__(self, *, path: str, eos: str = "<|endoftext|>", bos: str | None = None):
+    def __init__(self, *, path: str, eos: str = "<|endoftext|>", bos: str | None = None, opens_prompts: bool = True):
         super().__init__(path)
-        self.eos, self.bos = eos, bos
+        self.eos, self.bos, self.opens_prompts = eos, bos, opens_prompts
 
     def _identity(self) -> tuple:
         return (self.eos, self.bos)

@@ -122,8 +122,9 @@ class Generator:
 
     def encode(self, prompt: str, max_new: int) -> np.ndarray:
         """Ids of a prompt behind the token that opens a document, as in training."""
-        begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        tokens = np.concatenate([begin, self.tokenizer.encode(prompt)]).astype(np.int32)
+        text = self.tokenizer.encode(prompt)
+        opens = self.tokenizer.bos_id is not None and (self.tokenizer.opens_prompts or not len(text))
+        tokens = np.concatenate([[self.tokenizer.bos_id] if opens else [], text]).astype(np.int32)
         if not len(tokens):
             raise UserError("the prompt is empty and the tokenizer has no token to begin with: give at least one word")
         if len(tokens) + max_new > self.max_length:

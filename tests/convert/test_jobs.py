@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from launch import __main__ as command
 from launch import environment
@@ -106,6 +107,13 @@ def test_the_tokenizer_of_a_directory(tmp_path):
     (source / "config.json").write_text(json.dumps(checkpoint.CONFIG | {"eos_token_id": [found.eos_id]}))
     again = pretrained.tokenizer(source=str(source))
     assert (again.eos, again.bos) == ("<|endoftext|>", "<|endoftext|>")
+    assert not again.opens_prompts  # the file puts nothing in front of a text
+    model = tokenizers.Tokenizer.from_file(again.path)
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", again.bos_id)]
+    )
+    model.save(again.path)
+    assert pretrained.tokenizer(source=str(source)).opens_prompts
     (source / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         pretrained.tokenizer(source=str(source))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from maxlike import config
 from maxlike.data import token_store
 from maxlike.data.mixed import BEGIN, END, TextAndPictures, open_picture, spell
 from maxlike.data.sources import Jsonl
@@ -69,3 +70,10 @@ def test_refuses(mixed):
         TextAndPictures(text=Bytes(), codes=0, image_tokenizer=MADE_BY)
     with pytest.raises(UserError, match="fingerprint"):
         TextAndPictures(text=Bytes(), codes=5, image_tokenizer="tokenizer")
+
+
+def test_a_model_that_takes_text_for_pictures_is_refused():
+    experiment = config.load("families/moma", bindings=["first_image_id = 2049"])
+    with pytest.raises(UserError, match=r"set it to \(2050,\)"):
+        experiment.check_vocabulary()
+    config.load("families/moma").check_vocabulary()

@@ -115,6 +115,11 @@ def test_stop_strings_and_the_end_token(generator, params):
 def test_prompts_begin_as_documents_do(generator, params):
     opened = like(generator, Letters(bos_id=5))(params, ["", "A", "AB"], max_new=8, sampling=GREEDY)
     assert opened == generator(params, ["E", "EA", "EAB"], max_new=8, sampling=GREEDY)
+    letters = Letters(bos_id=5)
+    letters.opens_prompts = False  # but where there is nothing else
+    assert like(generator, letters)(params, ["", "A"], max_new=8, sampling=GREEDY) == generator(
+        params, ["E", "A"], max_new=8, sampling=GREEDY
+    )
 
 
 def test_sharded_parameters_give_the_same_text(generator, params, model):
