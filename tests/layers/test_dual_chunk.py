@@ -124,11 +124,11 @@ def test_tokens_that_skip_positions(x_BTD):
     expected = outputs(make, params, x_BTD, ctx.replace(segments_BT=segments_BT))[:, kept]
     some_BTD, whole = x_BTD[:, kept], Context(positions_BT, None)
     np.testing.assert_allclose(outputs(make, params, some_BTD, whole), expected, atol=1e-5)
-    cache, out = module.init_cache(2, len(kept), jnp.float32), []
+    cache, out, extend = module.init_cache(2, len(kept), jnp.float32), [], jax.jit(module.extend)
     for part in (slice(0, 4), slice(4, None)):
         slots_BT = jnp.arange(len(kept))[None, part].repeat(2, 0)
         ctx = Context(positions_BT[:, part], None, jnp.full(2, slots_BT.shape[1]), slots_BT=slots_BT)
-        y_BTD, cache = module.extend(some_BTD[:, part], cache, ctx)
+        y_BTD, cache = extend(some_BTD[:, part], cache, ctx)
         out.append(y_BTD)
     np.testing.assert_allclose(jnp.concatenate(out, 1), expected, atol=1e-5)
 
@@ -153,4 +153,4 @@ def test_refuses_a_prefix(x_BTD):
 )
 def test_refusals(knobs, message):
     with pytest.raises(ValueError, match=message):
-        DualChunk(D, **(KNOBS | knobs), rngs=nnx.Rngs(params=0))
+        jax.eval_shape(lambda: DualChunk(D, **(KNOBS | knobs), rngs=nnx.Rngs(params=0)))

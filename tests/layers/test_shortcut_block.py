@@ -87,13 +87,15 @@ def test_bias_learns_in_every_layer_of_a_stack_however_it_runs():
     """The counts of each layer reach the rule of that layer once, through scan and recomputation."""
     statistics, losses = {}, {}
     for scan, remat in ((True, "full"), (False, "none")):
-        graph, state = nnx.split(Stack(D, pattern=(BLOCK,), depth=2, scan=scan, remat=remat, rngs=nnx.Rngs(params=0)))
+        build = F(Stack, D, pattern=(BLOCK,), depth=2, scan=scan, remat=remat)
+        graph, params, _ = random_module(lambda rngs, build=build: build(rngs=rngs))
+        state = nnx.split(nnx.merge(graph, params))[1]
 
-        def run(state, graph=graph):
-            y_BTD, aux = nnx.merge(graph, state)(inputs(), PLAIN)
+        def run(state, x_BTD, graph=graph):
+            y_BTD, aux = nnx.merge(graph, state)(x_BTD, PLAIN)
             return jnp.sum(jnp.sin(y_BTD)), aux
 
-        gradient, aux = jax.jit(jax.grad(run, has_aux=True))(state)
+        gradient, aux = jax.jit(jax.grad(run, has_aux=True))(state, inputs())
         bias = gradient["periods"][0]["moe"]["router"]["bias"]
         assert isinstance(bias, axes.Buffer) and bias.get_metadata("axes") == ("layers", "experts")
         statistics[scan], losses[scan] = bias[...], aux["loss"]
@@ -107,7 +109,7 @@ def test_bias_learns_in_every_layer_of_a_stack_however_it_runs():
 
 def test_a_prefix_that_the_mixers_would_ignore_is_refused():
     latent = F(MLA, heads=2, kv_rank=4, nope_dim=2, rope_dim=2, value_dim=2, rope=RoPE)
-    block, ctx = F(BLOCK, mixer=latent)(D, rngs=nnx.Rngs(0)), PLAIN.replace(prefix_BT=jnp.ones((B, T), bool))
+    block, ctx = nnx.merge(*made(F(BLOCK, mixer=latent))), PLAIN.replace(prefix_BT=jnp.ones((B, T), bool))
     with pytest.raises(ValueError, match=r"ShortcutBlock\.mixer=MLA cannot let all tokens see a prefix"):
         block(inputs(), ctx)
     with pytest.raises(ValueError, match=r"ShortcutBlock\.mixer=MLA"):
