@@ -211,18 +211,17 @@ def test_flops_are_both_stacks_and_the_head():
 def test_refusals():
     tokens = jnp.zeros((1, 3), jnp.int32)
     with pytest.raises(ValueError, match=r"Context.source"):
-        build()(tokens, Context.of(tokens))
+        jax.eval_shape(lambda: build()(tokens, Context.of(tokens)))
     with pytest.raises(ValueError, match="does not fit the 2 rows"):
-        build().given(Source.of(jnp.asarray(SOURCES))).init_cache(3, 4, jnp.float32)
+        jax.eval_shape(lambda: build().given(Source.of(jnp.asarray(SOURCES))).init_cache(3, 4, jnp.float32))
     with pytest.raises(ValueError, match=r"EncoderDecoder.given\(source\)"):
         build().init_cache(2, 4, jnp.float32)
     deaf = F(Stack, pattern=(F(Block, mixer=F(Attention, heads=2), ffn=None, norm=RMSNorm),), depth=1)
+    network = F(EncoderDecoder, vocab=9, dim=D, encoder=deaf, decoder=deaf, norm=RMSNorm)
     with pytest.raises(ValueError, match=r"EncoderDecoder.bias is read by no layer of the encoder"):
-        EncoderDecoder(
-            vocab=9, dim=D, encoder=deaf, decoder=deaf, norm=RMSNorm, bias=F(RelativeBias, heads=2), rngs=nnx.Rngs(0)
-        )
-    model = LanguageModel(vocab=9, dim=D, stack=deaf, norm=RMSNorm, rngs=nnx.Rngs(0))
+        jax.eval_shape(lambda: network(bias=F(RelativeBias, heads=2), rngs=nnx.Rngs(0)))
+    model = F(LanguageModel, vocab=9, dim=D, stack=deaf, norm=RMSNorm)
     with pytest.raises(ValueError, match=r"LanguageModel does not read Context.source"):
-        model(tokens, Context.of(tokens, source=Source.of(tokens)))
+        jax.eval_shape(lambda: model(rngs=nnx.Rngs(0))(tokens, Context.of(tokens, source=Source.of(tokens))))
     with pytest.raises(ValueError, match=r"EncoderDecoder.vocab=0"):
         EncoderDecoder(vocab=0, dim=D, encoder=F(Stack), decoder=F(Stack), norm=RMSNorm, rngs=nnx.Rngs(params=0))

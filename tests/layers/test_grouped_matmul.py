@@ -31,6 +31,13 @@ def loop(x_MI, w_EIO, sizes_E):
     return jnp.concatenate([*rows, jnp.zeros((x_MI.shape[0] - start, w_EIO.shape[2]))])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def looped(sizes_E, x_MI, w_EIO, g_MO):
+    """Value and gradients of the definition."""
+    y, pull = jax.vjp(functools.partial(loop, sizes_E=sizes_E), x_MI, w_EIO)
+    return y, *pull(g_MO)
+
+
 @pytest.fixture(scope="module")
 def arrays():
     keys = jax.random.split(jax.random.key(0), 3)
@@ -48,8 +55,7 @@ def test_grouped_product_equals_a_loop_over_the_groups(arrays, implementation):
 
     with kernels.choose("grouped_matmul", implementation):
         for sizes in SIZES.values():
-            want, pull = jax.vjp(functools.partial(loop, sizes_E=sizes), x_MI, w_EIO)
-            for a, b in zip(values_and_gradients(jnp.asarray(sizes)), (want, *pull(g_MO)), strict=True):
+            for a, b in zip(values_and_gradients(jnp.asarray(sizes)), looped(sizes, *arrays), strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -87,10 +93,12 @@ def test_taking_rows_has_the_gradient_of_indexing():
     def plain(x):
         return jnp.where((index_N < 4)[:, None], x[jnp.minimum(index_N, 3)], 0)
 
-    for a, b in zip(
-        (lambda y, pull: (y, *pull(g_ND)))(*jax.vjp(plain, x_RD)),
-        (lambda y, pull: (y, *pull(g_ND)))(*jax.vjp(lambda x: take_rows(x, index_N, back_RJ), x_RD)),
-    ):
+    @jax.jit
+    def both(x_RD):
+        parts = jax.vjp(plain, x_RD), jax.vjp(lambda x: take_rows(x, index_N, back_RJ), x_RD)
+        return [(y, *pull(g_ND)) for y, pull in parts]
+
+    for a, b in zip(*both(x_RD), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 

@@ -93,9 +93,9 @@ def test_decoding_behind_a_prompt_equals_the_whole_row(prompt, rope, window):
     if prompt == "blank":  # what follows the prompt fills a blank that is its last token
         blocks = jnp.maximum(index - lengths[:, None] + 1, 0)
         ctx = ctx.replace(positions_BT=jnp.minimum(index, lengths[:, None] - 1), blocks_BT=blocks)
-    whole = jax.jit(lambda tokens, ctx: model(tokens, ctx).hidden_BTD)(tokens, ctx)
-    plain = jax.jit(lambda tokens, ctx: model(tokens, ctx).hidden_BTD)(tokens, ctx.replace(prefix_BT=None))
-    assert float(jnp.abs(whole - plain)[:, 0].max()) > 1e-3, "the first token sees the rest of the prompt"
+    run = jax.jit(lambda tokens, ctx: model(tokens, ctx).hidden_BTD)
+    whole, plain = (np.asarray(run(tokens, c)) for c in (ctx, ctx.replace(prefix_BT=jnp.zeros_like(ctx.prefix_BT))))
+    assert np.abs(whole - plain)[:, 0].max() > 1e-3, "the first token sees the rest of the prompt"
 
     extend = jax.jit(lambda tokens, cache, lengths: model.extend(tokens, cache, lengths))
     hidden, cache = extend(tokens[:, :6], model.init_cache(2, total, jnp.float32), jnp.asarray(lengths))
@@ -116,10 +116,15 @@ def test_two_channels_shift_together_and_one_is_rope_on_half_the_head():
     def scores(shift_a, shift_b):
         return jnp.einsum("bthk,bshk->bts", rope(q, a + shift_a, b + shift_b), rope(k, a + shift_a, b + shift_b))
 
+    @jax.jit
+    def on_one_channel():
+        return rope(q, a, jnp.zeros_like(b)), RoPE(K // 2, base=100.0)(q[..., : K // 2], a)
+
+    scores = jax.jit(scores)
     np.testing.assert_allclose(scores(3, 7), scores(0, 0), atol=1e-5)
-    got = rope(q, a, jnp.zeros_like(b))
-    np.testing.assert_allclose(got[..., K // 2 :], q[..., K // 2 :], atol=1e-6)
-    np.testing.assert_allclose(got[..., : K // 2], RoPE(K // 2, base=100.0)(q[..., : K // 2], a), atol=1e-6)
+    got, half = (np.asarray(z) for z in on_one_channel())
+    np.testing.assert_allclose(got[..., K // 2 :], np.asarray(q)[..., K // 2 :], atol=1e-6)
+    np.testing.assert_allclose(got[..., : K // 2], half, atol=1e-6)
 
 
 def test_refusals():
@@ -128,6 +133,6 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"RoPE.layout='spiral'"):
         RoPE2D(8, layout="spiral")
     with pytest.raises(ValueError, match="blocks_BT"):
-        network("prefix", RoPE2D)(jnp.zeros((1, 4), jnp.int32), Context.of(jnp.zeros((1, 4))))
+        jax.eval_shape(lambda: network("prefix", RoPE2D)(jnp.zeros((1, 4), jnp.int32), Context.of(jnp.zeros((1, 4)))))
     with pytest.raises(ValueError, match=r"LanguageModel.prompt='none'"):
         network("none", RoPE)
