@@ -26,15 +26,21 @@ def masked_attention(
     soft_cap: float | None = None,
     sinks_H: jax.Array | None = None,
     bias_BHTS: jax.Array | None = None,
+    diagonal: bool = False,
 ) -> jax.Array:
     """Attention under any mask, holding all T x S scores: decoding from a cache, where T is small. [B, T, H, K].
 
-    bias_BHTS is added to the scores; its B may be 1.
+    bias_BHTS is added to the scores; its B may be 1. diagonal: all heads as one matrix product with the queries on a
+    block diagonal: G times the operations, but keys and values are read once as they lie, not brought into another
+    order first.
     """
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q_BTGRK = jnp.reshape(q_BTHK * scale, (B, T, G, H // G, K))
-    s = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    if diagonal:
+        s = _diagonal_scores(q_BTGRK, k_BSGK)
+    else:
+        s = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
     if soft_cap is not None:
         s = soft_cap * jnp.tanh(s / soft_cap)
     if bias_BHTS is not None:
@@ -45,8 +51,25 @@ def masked_attention(
     top = jax.lax.stop_gradient(top if sinks is None else jnp.maximum(top, sinks))
     e = jnp.exp(s - top)
     total = jnp.sum(e, -1, keepdims=True) + (0 if sinks is None else jnp.exp(sinks - top))
-    y = jnp.einsum("bgrts,bsgk->btgrk", (e / total).astype(v_BSGK.dtype), v_BSGK)
+    p = (e / total).astype(v_BSGK.dtype)
+    y = _diagonal_mix(p, v_BSGK) if diagonal else jnp.einsum("bgrts,bsgk->btgrk", p, v_BSGK)
     return jnp.reshape(y, (B, T, H, v_BSGK.shape[-1]))
+
+
+def _diagonal_scores(q_BTGRK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
+    """Float32 scores [B, G, R, T, S]; R query heads a key head."""
+    B, T, G, R, K = q_BTGRK.shape
+    own_GG = jnp.eye(G, dtype=q_BTGRK.dtype)
+    blocks = jnp.reshape(jnp.einsum("btgrk,hg->bhkgrt", q_BTGRK, own_GG), (B, G * K, G * R * T))
+    s = jnp.matmul(jnp.reshape(k_BSGK, (B, -1, G * K)), blocks, preferred_element_type=jnp.float32)
+    return jnp.reshape(jnp.swapaxes(s, 1, 2), (B, G, R, T, -1))
+
+
+def _diagonal_mix(p_BGRTS: jax.Array, v_BSGK: jax.Array) -> jax.Array:
+    """Weighted values [B, T, G, R, K]: of all pairs of heads, those of one head with itself."""
+    B, G, R, T, S = p_BGRTS.shape
+    y = jnp.reshape(p_BGRTS, (B, G * R * T, S)) @ jnp.reshape(v_BSGK, (B, S, -1))
+    return jnp.einsum("bgrthk,gh->btgrk", jnp.reshape(y, (B, G, R, T, G, -1)), jnp.eye(G, dtype=y.dtype))
 
 
 def chunked_attention(
