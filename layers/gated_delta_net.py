@@ -70,7 +70,7 @@ class GatedDeltaNet(nnx.Module):
         self.query_conv = ShortConv((G, N), key_axes, width=conv_width, bias=False, rngs=rngs)
         self.key_conv = ShortConv((G, N), key_axes, width=conv_width, bias=False, rngs=rngs)
         self.value_conv = ShortConv((H, K), value_axes, width=conv_width, bias=False, rngs=rngs)
-        self.dt_bias = axes.param(rngs, (H,), ("heads",), _ones, exact=True)
+        self.dt_bias = axes.param(rngs, (H,), ("heads",), jax.nn.initializers.ones, exact=True)
         self.A_log = axes.param(rngs, (H,), ("heads",), _log_decay, exact=True)
         self.norm = norm(K, rngs=rngs)
         self.out = Linear((H, K), (dim,), value_axes, ("embed",), rngs=rngs)
@@ -136,7 +136,3 @@ def _unit(x: jax.Array) -> jax.Array:
 def _log_decay(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """log of rates of decay uniform in [0.01, 16)."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 0.01, 16.0))
-
-
-def _ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.ones(shape, dtype)

@@ -7,10 +7,6 @@ from flax import nnx
 from layers import axes
 
 
-def _ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.ones(shape, dtype)
-
-
 class GatedRMSNorm(nnx.Module):
     """gain * rms(y * silu(z)), or gain * rms(y) * silu(z) with norm_before_gate; rms(a) = a / sqrt(mean(a^2) + eps).
 
@@ -27,7 +23,7 @@ class GatedRMSNorm(nnx.Module):
         if eps <= 0:
             raise ValueError(f"GatedRMSNorm.eps={eps} must be positive, such as 1e-5")
         self.groups, self.norm_before_gate, self.eps = groups, norm_before_gate, eps
-        self.gain = axes.param(rngs, (dim,), ("norm",), _ones)
+        self.gain = axes.param(rngs, (dim,), ("norm",), jax.nn.initializers.ones)
 
     def __call__(self, y: jax.Array, z: jax.Array) -> jax.Array:
         gate = jax.nn.silu(z.astype(jnp.float32))

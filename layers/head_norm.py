@@ -7,14 +7,6 @@ from flax import nnx
 from layers import axes
 
 
-def _ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.ones(shape, dtype)
-
-
-def _zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.zeros(shape, dtype)
-
-
 class HeadNorm(nnx.Module):
     """LayerNorm over head_dim whose gain and offset are each head's own: the query-key norm of Chameleon (arXiv
     2405.09818, section 2.3). A factory for Attention.qk_norm.
@@ -32,8 +24,8 @@ class HeadNorm(nnx.Module):
         if eps <= 0:
             raise ValueError(f"HeadNorm.eps={eps} must be positive, such as 1e-5")
         self.heads, self.eps = heads, eps
-        self.gain = axes.param(rngs, (heads, dim), ("heads", "norm"), _ones)
-        self.bias = axes.param(rngs, (heads, dim), ("heads", "norm"), _zeros)
+        self.gain = axes.param(rngs, (heads, dim), ("heads", "norm"), jax.nn.initializers.ones)
+        self.bias = axes.param(rngs, (heads, dim), ("heads", "norm"), jax.nn.initializers.zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if x.shape[-2] != self.heads:

@@ -9,10 +9,6 @@ from flax import nnx
 from layers import axes
 
 
-def _zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.zeros(shape, dtype)
-
-
 @jax.custom_vjp
 def _product(x: jax.Array, w_IO: jax.Array) -> jax.Array:
     return x @ w_IO
@@ -66,7 +62,7 @@ class Linear(nnx.Module):
         self.input_dims = len(inputs)
         init = axes.normal(self.inputs**-0.5 if std is None else std)
         self.kernel = axes.param(rngs, (*inputs, *outputs), (*input_axes, *output_axes), init)
-        self.bias = axes.param(rngs, outputs, output_axes, _zeros) if bias else None
+        self.bias = axes.param(rngs, outputs, output_axes, jax.nn.initializers.zeros) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]

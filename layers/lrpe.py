@@ -8,10 +8,6 @@ from flax import nnx
 from layers import axes
 
 
-def _zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.zeros(shape, dtype)
-
-
 class LRPE(nnx.Module):
     """a_t -> concat(a_t cos(theta t), a_t sin(theta t)), theta learned for each channel of each head (TransNormerLLM,
     arXiv 2307.14995, section 3.1.1).
@@ -28,7 +24,7 @@ class LRPE(nnx.Module):
         if base <= 0:
             raise ValueError(f"LRPE.base={base} must be positive, such as 10000")
         self.base = base
-        self.offset = axes.param(rngs, (heads, head_dim), ("heads", "head_dim"), _zeros, exact=True)
+        self.offset = axes.param(rngs, (heads, head_dim), ("heads", "head_dim"), jax.nn.initializers.zeros, exact=True)
 
     def theta(self) -> jax.Array:
         """Radians a position, float32 [H, K]."""

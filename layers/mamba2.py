@@ -82,7 +82,7 @@ class Mamba2(nnx.Module):
         self.C_conv = ShortConv((c_heads[0], N), (c_heads[1], "state"), width=conv_width, rngs=rngs)
         self.dt_bias = axes.param(rngs, (H,), ("heads",), dt_bias_init, exact=True)
         self.A_log = axes.param(rngs, (H,), ("heads",), _log_uniform_decay, exact=True)
-        self.D = axes.param(rngs, (H,), ("heads",), _ones, exact=True)
+        self.D = axes.param(rngs, (H,), ("heads",), jax.nn.initializers.ones, exact=True)
         self.norm = norm(H * P, groups=G, rngs=rngs)
         self.out = _uniform_linear((H, P), (dim,), ("heads", "head_dim"), ("embed",), rngs)
 
@@ -186,7 +186,3 @@ def dt_bias_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> ja
 
 def _log_uniform_decay(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, DECAY_MAX))
-
-
-def _ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.ones(shape, dtype)

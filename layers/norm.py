@@ -9,14 +9,6 @@ from flax import nnx
 from layers import axes
 
 
-def _ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.ones(shape, dtype)
-
-
-def _zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.zeros(shape, dtype)
-
-
 class RMSNorm(nnx.Module):
     """y = gain * x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).
 
@@ -36,7 +28,11 @@ class RMSNorm(nnx.Module):
             raise ValueError(f"RMSNorm.gain={gain!r} must be 'channel', 'scalar' or 'none'")
         self.eps = eps
         shape = {"channel": (dim,), "scalar": ()}
-        self.gain = axes.param(rngs, shape[gain], ("norm",)[: len(shape[gain])], _ones) if gain in shape else None
+        self.gain = (
+            axes.param(rngs, shape[gain], ("norm",)[: len(shape[gain])], jax.nn.initializers.ones)
+            if gain in shape
+            else None
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
@@ -69,8 +65,8 @@ class LayerNorm(nnx.Module):
         if eps <= 0:
             raise ValueError(f"LayerNorm.eps={eps} must be positive, such as 1e-5")
         self.eps = eps
-        self.gain = axes.param(rngs, (dim,), ("norm",), _ones)
-        self.bias = axes.param(rngs, (dim,), ("norm",), _zeros) if bias else None
+        self.gain = axes.param(rngs, (dim,), ("norm",), jax.nn.initializers.ones)
+        self.bias = axes.param(rngs, (dim,), ("norm",), jax.nn.initializers.zeros) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)

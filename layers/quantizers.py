@@ -67,7 +67,37 @@ class FSQ(nnx.Module):
         return _or_nan((digits - middle) / middle, ids, self.vocab_size)
 
 
-class LFQ(nnx.Module):
+class _SignBits(nnx.Module):
+    """What LFQ and BSQ share: the code is the signs of n numbers, each 1 / scale in size; knobs as in LFQ."""
+
+    books = 1
+
+    def __init__(
+        self,
+        scale: float,
+        bits: int,
+        entropy_weight: float,
+        diversity: float,
+        commitment: float,
+        inverse_temperature: float,
+    ):
+        self.scale, self.dim, self.vocab_size = scale, bits, 2**bits
+        self.entropy_weight, self.diversity, self.commitment = entropy_weight, diversity, commitment
+        self.inverse_temperature = inverse_temperature
+
+    def _quantize(self, u: jax.Array, dtype: jnp.dtype) -> Quantized:
+        """Of float32 numbers u [..., n]; zq in `dtype`."""
+        q = jnp.where(u > 0, 1.0, -1.0) / self.scale
+        sample, mean = bit_entropies(4 * self.inverse_temperature * self.scale * u)
+        loss = self.entropy_weight * (sample - self.diversity * mean)
+        loss = loss + self.commitment * jnp.mean(jnp.square(u - q))
+        return straight_through(u, q).astype(dtype), _bits_to_ids(u > 0), {"loss": loss}
+
+    def ids_to_codes(self, ids: jax.Array) -> jax.Array:
+        return _or_nan(_signs(ids, self.dim) / self.scale, ids, self.vocab_size)
+
+
+class LFQ(_SignBits):
     """Lookup-free quantization (MAGVIT-v2, arXiv 2310.05737): the signs of n numbers are the bits of the id.
 
     z: [..., n]; zq = +1 where z > 0, else -1; the first dimension is the most significant bit. loss = entropy_weight
@@ -77,8 +107,6 @@ class LFQ(nnx.Module):
     Knobs: bits n in 1..30; entropy_weight >= 0; diversity >= 0 weighs the entropy of the mean; commitment >= 0;
     inverse_temperature > 0 of p: a bit is 1 with probability sigmoid(4 inverse_temperature z).
     """
-
-    books = 1
 
     def __init__(
         self,
@@ -91,23 +119,13 @@ class LFQ(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _check_bits("LFQ", bits, entropy_weight, diversity, commitment, inverse_temperature)
-        self.dim, self.vocab_size = bits, 2**bits
-        self.entropy_weight, self.diversity, self.commitment = entropy_weight, diversity, commitment
-        self.inverse_temperature = inverse_temperature
+        super().__init__(1.0, bits, entropy_weight, diversity, commitment, inverse_temperature)
 
     def __call__(self, z: jax.Array, key: jax.Array | None = None) -> Quantized:
-        z32 = z.astype(jnp.float32)
-        q = jnp.where(z32 > 0, 1.0, -1.0)
-        sample, mean = bit_entropies(4 * self.inverse_temperature * z32)
-        loss = self.entropy_weight * (sample - self.diversity * mean)
-        loss = loss + self.commitment * jnp.mean(jnp.square(z32 - q))
-        return straight_through(z32, q).astype(z.dtype), _bits_to_ids(q > 0), {"loss": loss}
-
-    def ids_to_codes(self, ids: jax.Array) -> jax.Array:
-        return _or_nan(_signs(ids, self.dim), ids, self.vocab_size)
+        return self._quantize(z.astype(jnp.float32), z.dtype)
 
 
-class BSQ(nnx.Module):
+class BSQ(_SignBits):
     """Binary spherical quantization (arXiv 2406.07548): LFQ on the unit sphere.
 
     z: [..., n]; u = z / |z|; zq = sign(u) / sqrt(n), also of length 1. The entropy loss is LFQ's, of u sqrt(n); with
@@ -115,8 +133,6 @@ class BSQ(nnx.Module):
 
     Knobs: as LFQ.
     """
-
-    books = 1
 
     def __init__(
         self,
@@ -129,20 +145,10 @@ class BSQ(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _check_bits("BSQ", bits, entropy_weight, diversity, commitment, inverse_temperature)
-        self.dim, self.vocab_size = bits, 2**bits
-        self.entropy_weight, self.diversity, self.commitment = entropy_weight, diversity, commitment
-        self.inverse_temperature = inverse_temperature
+        super().__init__(math.sqrt(bits), bits, entropy_weight, diversity, commitment, inverse_temperature)
 
     def __call__(self, z: jax.Array, key: jax.Array | None = None) -> Quantized:
-        u = unit(z.astype(jnp.float32))
-        q = jnp.where(u > 0, 1.0, -1.0) / math.sqrt(self.dim)
-        sample, mean = bit_entropies(4 * self.inverse_temperature * math.sqrt(self.dim) * u)
-        loss = self.entropy_weight * (sample - self.diversity * mean)
-        loss = loss + self.commitment * jnp.mean(jnp.square(u - q))
-        return straight_through(u, q).astype(z.dtype), _bits_to_ids(u > 0), {"loss": loss}
-
-    def ids_to_codes(self, ids: jax.Array) -> jax.Array:
-        return _or_nan(_signs(ids, self.dim) / math.sqrt(self.dim), ids, self.vocab_size)
+        return self._quantize(unit(z.astype(jnp.float32)), z.dtype)
 
 
 def unit(z: jax.Array) -> jax.Array:

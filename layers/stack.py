@@ -97,15 +97,15 @@ class Stack(nnx.Module):
     def _run_periods(self, x_BTD, caches, ctx: Context):
         """The repeated part; results of each position of the pattern stacked over the repeats."""
         first, size = len(self.prefix), len(self.periods)
-        if self.repeats and self._scanned():
+        if not self.repeats:
+            return x_BTD, ()
+        if self._scanned():
 
             def body(x_BTD, xs):
                 index, blocks, caches = xs
                 return self._run(x_BTD, blocks, caches, ctx, first + index * size)
 
             return jax.lax.scan(body, x_BTD, (jnp.arange(self.repeats), self.periods, caches))
-        if not self.repeats:
-            return x_BTD, ()
         out = []
         for index, (blocks, cache) in enumerate(
             zip(unstack(self.periods, self.repeats), unstack(caches, self.repeats))

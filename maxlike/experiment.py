@@ -82,13 +82,13 @@ class Experiment:
         )
 
     def check_vocabulary(self) -> None:
-        """Raises UserError where the tokenizer has ids that the model has no embedding for."""
-        ids, vocab = self.data.tokenizer.vocab_size, self.bare().vocab
+        """Raises UserError where the tokenizer has ids that the model has no embedding for, or takes for text."""
+        tokenizer, network = self.data.tokenizer, self.bare()
+        ids, vocab = tokenizer.vocab_size, network.vocab
         if ids > vocab:
             raise UserError(
                 f"the tokenizer has {ids} ids and LanguageModel.vocab is {vocab}: raise it to at least {ids}"
             )
-        tokenizer, network = self.data.tokenizer, self.bare()
         if isinstance(tokenizer, TextAndPictures) and isinstance(network, LanguageModel):
             first = tokenizer.first_code_id
             if network.modality_starts and network.modality_starts[0] != first:

@@ -1,5 +1,6 @@
 """What a training run leaves behind as it goes: the terminal, metrics.jsonl, TensorBoard events, the report."""
 
+import functools
 import pathlib
 import statistics
 import time
@@ -12,7 +13,7 @@ from layers.active import active_parameters
 from maxlike.config import Configuration
 from maxlike.console import Console, Start, cache_words, duration, quantity
 from maxlike.data.data import Batches
-from maxlike.decode.cache_size import cache_size
+from maxlike.decode.cache_size import CacheSize, cache_size
 from maxlike.experiment import Experiment
 from maxlike.mfu import mfu
 from maxlike.program import Program
@@ -40,6 +41,10 @@ class Log:
         self._samples: list[tuple[str, str]] = []
         self._validation: dict[str, float] = {}
         self._began = time.monotonic()
+
+    @functools.cached_property
+    def _cache(self) -> CacheSize:
+        return cache_size(self.experiment)
 
     def __enter__(self) -> "Log":
         return self
@@ -77,7 +82,7 @@ class Log:
             memory=_memory(compiled),
             device_kind=device.device_kind,
             devices=self._devices,
-            cache=cache_size(experiment),
+            cache=self._cache,
             kernels=tuple(kernels.report()),
             sources=tuple(
                 (f"{row['source']} ({row['epochs']:.3g} epochs)", row["tokens"], shares[row["source"]])
@@ -157,17 +162,15 @@ class Log:
         command = (
             f'python -m launch --experiment {shown / "config.gin"} --run_dir {shown} --job generate --prompt "..."'
         )
-        cache = cache_size(self.experiment)
-        commands = (
-            [("generate", command)] if cache.refusal is None else []
-        )  # a network without a cache generates nothing
+        # A network without a cache generates nothing.
+        commands = [("generate", command)] if self._cache.refusal is None else []
         facts = [
             ("experiment", name),
             ("steps", f"{self.experiment.steps:,}"),
             ("tokens", quantity(self.experiment.steps * self.experiment.clock.tokens_per_step)),
             ("FLOPs a token", quantity(self.experiment.bare().flops_per_token(self.experiment.sequence_length))),
             *([("tokens a second, median", quantity(statistics.median(self._rates)))] if self._rates else []),
-            ("decoding cache", cache_words(cache)),
+            ("decoding cache", cache_words(self._cache)),
             ("time since the run was last started", duration(time.monotonic() - self._began)),
             *((f"validation {name}", f"{value:.4f}") for name, value in self._validation.items()),
         ]
