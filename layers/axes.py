@@ -1,4 +1,4 @@
-"""The vocabulary of logical axes, and the only two functions that use it: `param` and `constrain`.
+"""The vocabulary of logical axes, and the functions that use it: `param`, `buffer`, `constrain`, `shard_map`.
 
 A parameter says what each of its dimensions *means*. Sharding rules, Muon's matrix view, weight-decay masks and the
 parameter table all read that one tuple; names of parameters are never parsed.
@@ -6,7 +6,9 @@ parameter table all read that one tuple; names of parameters are never parsed.
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +46,19 @@ ACTIVATION_AXES = {
 }
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
-Placement = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sharding | None]
+Axes = tuple[str | None, ...]
+
+
+class Placement(Protocol):
+    """Where logical axes lie: a mesh of devices, and two questions about it."""
+
+    mesh: jax.sharding.Mesh
+
+    def mesh_axes(self, axis: str) -> tuple[str, ...]:
+        """The mesh axes of more than one device over which a logical axis is spread, major first."""
+
+    def activation(self, axes: Axes, shape: tuple[int, ...]) -> jax.sharding.PartitionSpec:
+        """The PartitionSpec of an activation; refuses a dimension that does not divide."""
 
 
 class Buffer(nnx.Variable):
@@ -141,7 +155,7 @@ _placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("p
 
 @contextlib.contextmanager
 def place_with(placement: Placement | None) -> Iterator[None]:
-    """Inside this context `constrain` asks `placement(axes, shape)` for the sharding of an activation."""
+    """Inside this context `constrain`, `mesh_axes` and `shard_map` work on the mesh of `placement`."""
     token = _placement.set(placement)
     try:
         yield
@@ -149,10 +163,68 @@ def place_with(placement: Placement | None) -> Iterator[None]:
         _placement.reset(token)
 
 
+def _open_mesh(placement: Placement) -> tuple[jax.sharding.Mesh | jax.sharding.AbstractMesh, frozenset[str]]:
+    """The mesh as the code being traced sees it, and those of its axes that a shard_map around it has made its own."""
+    surrounding = jax.sharding.get_abstract_mesh()
+    taken = frozenset(surrounding.manual_axes)
+    return (surrounding if taken else placement.mesh), taken
+
+
+def _without(spec: jax.sharding.PartitionSpec, taken: frozenset[str]) -> jax.sharding.PartitionSpec:
+    """A PartitionSpec that no longer names the axes in `taken`."""
+    entries = []
+    for entry in spec:
+        names = tuple(name for name in ((entry,) if isinstance(entry, str) else entry or ()) if name not in taken)
+        entries.append(names if len(names) > 1 else names[0] if names else None)
+    return jax.sharding.PartitionSpec(*entries)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """States what the dimensions of an activation mean; under a mesh this fixes its sharding, without one it is x."""
     placement = _placement.get()
     if placement is None:
         return x
-    sharding = placement(axes, x.shape)
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+    mesh, taken = _open_mesh(placement)
+    whole = tuple(
+        1 if axis is None else math.prod(mesh.shape[m] for m in taken & {*placement.mesh_axes(axis)}) for axis in axes
+    )
+    spec = placement.activation(axes, tuple(size * times for size, times in zip(x.shape, whole)))
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, _without(spec, taken)))
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes over which a logical axis is spread and that are still whole here: () without a mesh, where the
+    axis is replicated, and inside a `shard_map` over them."""
+    placement = _placement.get()
+    if placement is None:
+        return ()
+    _, taken = _open_mesh(placement)
+    return tuple(name for name in placement.mesh_axes(axis) if name not in taken)
+
+
+def shard_map(function: Callable, *, over: tuple[str, ...], inputs: Any, outputs: Any) -> Callable:
+    """`function` as each device runs it on its own part of the arrays, free to use collectives (`jax.lax.psum`,
+    `all_to_all`, `ppermute`) over the mesh axes `over`; all other mesh axes stay with the compiler.
+
+    over: mesh axes, as `mesh_axes` gives them. inputs, outputs: for each argument (result) a tuple with the logical
+    axis of each dimension, or a tree of such tuples as jax.shard_map takes specs; an axis that does not lie on `over`
+    is not cut. May be nested: an inner one takes other mesh axes than an outer one.
+
+    Raises ValueError for a mesh axis that is not there, or that an outer shard_map has taken.
+    """
+    placement = _placement.get()
+    mesh, taken = (None, frozenset()) if placement is None else _open_mesh(placement)
+    known = () if mesh is None else tuple(mesh.shape)
+    missing = [name for name in over if name not in known or name in taken]
+    if missing or not over:
+        raise ValueError(f"shard_map over {over}: the mesh axes open here are {[n for n in known if n not in taken]}")
+
+    def spec(axes: Axes) -> jax.sharding.PartitionSpec:
+        entries = [() if axis is None else tuple(m for m in placement.mesh_axes(axis) if m in over) for axis in axes]
+        return jax.sharding.PartitionSpec(*(e if len(e) > 1 else e[0] if e else None for e in entries))
+
+    def is_axes(leaf: Any) -> bool:
+        return isinstance(leaf, tuple) and all(axis is None or isinstance(axis, str) for axis in leaf)
+
+    specs = (jax.tree.map(spec, tree, is_leaf=is_axes) for tree in (inputs, outputs))
+    return jax.shard_map(function, mesh=mesh, in_specs=next(specs), out_specs=next(specs), axis_names={*over})

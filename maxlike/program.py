@@ -61,7 +61,7 @@ class Program:
 
         def step(state: dict, batch: dict, allow: jax.Array) -> tuple[dict, dict]:
             updates = state["step"] - state["guard"]["skipped"]
-            with axes.place_with(self.layout.activation):
+            with axes.place_with(self.layout):
                 state, metrics = experiment.step.update(
                     state,
                     batch,
@@ -112,7 +112,7 @@ class Program:
         step, objective = self.experiment.step, self.experiment.objective
 
         def evaluate(params: dict, buffers: dict, batch: dict) -> dict[str, Mean]:
-            with axes.place_with(self.layout.activation):
+            with axes.place_with(self.layout):
                 return step.loss(params, buffers, batch, None, self.model, objective)[1]
 
         return jax.jit(evaluate, out_shardings=self.layout.replicated)

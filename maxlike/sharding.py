@@ -111,7 +111,7 @@ class Layout:
                     f"no rule says where the logical axis {logical!r} of {name} lies"
                     f"{nearest(logical, self.rules)}; add it to Mesh.rules (None replicates)"
                 )
-            targets = tuple(t for t in _tuple(self.rules[logical]) if t in self.mesh.shape and self.mesh.shape[t] > 1)
+            targets = self.mesh_axes(logical)
             for target in targets:
                 if target in taken:
                     raise UserError(
@@ -132,9 +132,19 @@ class Layout:
         """`spec` on this mesh."""
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
 
-    def activation(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    def mesh_axes(self, axis: str) -> tuple[str, ...]:
+        """The mesh axes of more than one device over which a logical axis is spread, major first. Raises UserError for
+        a logical axis without a rule."""
+        if axis not in self.rules:
+            raise UserError(
+                f"no rule says where the logical axis {axis!r} lies{nearest(axis, self.rules)}; add it to Mesh.rules "
+                "(None replicates)"
+            )
+        return tuple(t for t in _tuple(self.rules[axis]) if t in self.mesh.shape and self.mesh.shape[t] > 1)
+
+    def activation(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
         """What `layers.axes.constrain` asks for."""
-        return self.sharding(axes, shape, f"an activation {axes}")
+        return self.spec(axes, shape, f"an activation {axes}")
 
     @property
     def replicated(self) -> NamedSharding:

@@ -151,9 +151,16 @@ def test_sharded_equals_one_device(axes, tensors, shards):
     rules = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor"}
     asked = []
 
-    def placement(names, shape):
-        asked.append((names, shape))
-        return NamedSharding(mesh, PartitionSpec(("fsdp", "tensor"), None, None))
+    class Placed:
+        def __init__(self):
+            self.mesh = mesh
+
+        def mesh_axes(self, axis):
+            return ("fsdp", "tensor")
+
+        def activation(self, names, shape):
+            asked.append((names, shape))
+            return PartitionSpec(("fsdp", "tensor"), None, None)
 
     shardings = jax.tree.map(
         lambda names: NamedSharding(mesh, PartitionSpec(*(rules.get(name) for name in names))),
@@ -164,7 +171,7 @@ def test_sharded_equals_one_device(axes, tensors, shards):
     state = transformation.init(params)
     expected, _ = jax.jit(transformation.update)(gradients, state, params)
     place = jax.device_put(params, shardings), jax.device_put(gradients, shardings)
-    with logical.place_with(placement):
+    with logical.place_with(Placed()):
         # a new function: jit would otherwise answer from its cache, without the mesh
         update = jax.jit(lambda g, s, p: transformation.update(g, s, p), out_shardings=(shardings, None))
         got, _ = update(place[1], state, place[0])
