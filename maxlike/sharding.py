@@ -61,23 +61,28 @@ class Mesh:
         self.shape = dict(shape)
         self.rules = dict(rules)
 
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Mesh axis -> size on so many devices, -1 filled in, axes of size 1 left out (but never all). Raises UserError
+        where there are too few devices, or a cluster would have idle ones."""
+        fixed = math.prod(size for size in self.shape.values() if size != -1)
+        sizes = {axis: max(devices // fixed, 1) if size == -1 else size for axis, size in self.shape.items()}
+        needed = math.prod(sizes.values())
+        if needed > devices:
+            raise UserError(
+                f"Mesh.shape={self.shape} needs {needed} devices and there are {devices}: "
+                "lower a size, use -1, or try `--overlay mesh/single`"
+            )
+        if needed < devices and (jax.process_count() > 1 or -1 in self.shape.values()):
+            raise UserError(
+                f"Mesh.shape={self.shape} covers {needed} of {devices} devices: its sizes must multiply to {devices}"
+            )
+        return {axis: size for axis, size in sizes.items() if size > 1} or {"data": 1}
+
     def open(self, devices: Sequence[jax.Device] | None = None) -> "Layout":
         """The mesh on real devices. Raises UserError where there are too few, or a cluster would have idle ones."""
         devices = list(jax.devices() if devices is None else devices)
-        fixed = math.prod(size for size in self.shape.values() if size != -1)
-        sizes = {axis: max(len(devices) // fixed, 1) if size == -1 else size for axis, size in self.shape.items()}
+        sizes = self.sizes(len(devices))
         needed = math.prod(sizes.values())
-        if needed > len(devices):
-            raise UserError(
-                f"Mesh.shape={self.shape} needs {needed} devices and there are {len(devices)}: "
-                "lower a size, use -1, or try `--overlay mesh/single`"
-            )
-        if needed < len(devices) and (jax.process_count() > 1 or -1 in self.shape.values()):
-            raise UserError(
-                f"Mesh.shape={self.shape} covers {needed} of {len(devices)} devices: "
-                f"its sizes must multiply to {len(devices)}"
-            )
-        sizes = {axis: size for axis, size in sizes.items() if size > 1} or {"data": 1}
         mesh = jax.make_mesh(
             tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:needed]
         )
