@@ -26,8 +26,8 @@ class AuxiliaryRouter(nnx.Module):
             raise ValueError(f"AuxiliaryRouter.width={width} must be at least 1, or None for half the model's width")
         width = max(dim // 2, 1) if width is None else width
         self.up = axes.param(rngs, (dim, width), ("embed", "auxiliary"), axes.normal(dim**-0.5), exact=True)
-        # One output is a vector, not a matrix of one column: that would not divide over an expert axis.
-        shape, names = ((width,), ("auxiliary",)) if outputs is None else ((width, outputs), ("auxiliary", "experts"))
+        # One output is a vector, not a matrix of one column.
+        shape, names = ((width,), ("auxiliary",)) if outputs is None else ((width, outputs), ("auxiliary", "routed"))
         self.out = axes.param(rngs, shape, names, axes.normal(width**-0.5), exact=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ PARAMETER_AXES = {
     "latent": "compressed width of queries, or of keys and values (MLA)",
     "mlp": "feed-forward width (F)",
     "experts": "experts (E)",
+    "routed": "experts as a router scores them, those without weights included",
     "auxiliary": "hidden width of an auxiliary router",
     "groups": "groups of heads that share the keys and queries of a recurrent state",
     "state": "recurrent state width (N)",
@@ -192,6 +193,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, _without(spec, taken)))
 
 
+def device() -> jax.Device:
+    """A device that what is traced here will run on: the first of the mesh, or of this process without one."""
+    placement = _placement.get()
+    return jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
+
+
 def mesh_axes(axis: str) -> tuple[str, ...]:
     """The mesh axes over which a logical axis is spread and that are still whole here: () without a mesh, where the
     axis is replicated, and inside a `shard_map` over them."""
@@ -228,3 +235,9 @@ def shard_map(function: Callable, *, over: tuple[str, ...], inputs: Any, outputs
 
     specs = (jax.tree.map(spec, tree, is_leaf=is_axes) for tree in (inputs, outputs))
     return jax.shard_map(function, mesh=mesh, in_specs=next(specs), out_specs=next(specs), axis_names={*over})
+
+
+def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *, like: jax.Array) -> jax.Array:
+    """Zeros that inside a shard_map vary over the same mesh axes as `like`: what a loop over such arrays starts from."""
+    some = jax.lax.stop_gradient(jnp.ravel(like)[0])
+    return jnp.zeros(shape, dtype) + jnp.where(some == some, 0, 0).astype(dtype)

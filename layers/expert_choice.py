@@ -52,7 +52,7 @@ class ExpertChoice(nnx.Module, ReadsFuture):
             raise ValueError(f"ExpertChoice.std={std} must be positive, or None for 1/sqrt(D)")
         self.capacity_factor = capacity_factor
         init = axes.normal(dim**-0.5 if std is None else std)
-        self.kernel = axes.param(rngs, (dim, E), ("embed", "experts"), init, exact=True)
+        self.kernel = axes.param(rngs, (dim, E), ("embed", "routed"), init, exact=True)
         self.shared = None if shared is None else shared(dim, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -47,7 +47,7 @@ class ExpertGroup(nnx.Module):
     ):
         self.count, self.share, self.bound = count, capacity_factor / count, capacity_bound
         self.experts = Experts(dim, count=count, width=width, rngs=rngs)
-        router = ((dim, count), ("embed", "experts"), axes.normal(0.02))
+        router = ((dim, count), ("embed", "routed"), axes.normal(0.02))
         self.router = axes.param(rngs, *router, exact=True) if count > 1 else None
         self.auxiliary = auxiliary(dim, outputs=count, rngs=rngs) if auxiliary is not None and count > 1 else None
 

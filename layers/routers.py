@@ -120,9 +120,9 @@ class TopK(nnx.Module):
         self.norm_topk = score == "sigmoid" if norm_topk is None else norm_topk
         self.limit = None if limit is None else limit(E, top_k)
         init = axes.normal(dim**-0.5 if std is None else std)
-        self.kernel = axes.param(rngs, (dim, E), ("embed", "experts"), init, exact=True)
+        self.kernel = axes.param(rngs, (dim, E), ("embed", "routed"), init, exact=True)
         rule = None if bias is None else bias(experts, zero_experts, top_k)
-        self.bias = None if rule is None else axes.buffer(jnp.zeros(E), ("experts",), rule)
+        self.bias = None if rule is None else axes.buffer(jnp.zeros(E), ("routed",), rule)
         # Experts with weights that a token is expected to visit: what FLOPs are stated by.
         self.expected = top_k * experts / E if rule is None else rule.expected
         self.flops_per_token = 2.0 * dim * E

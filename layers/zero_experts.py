@@ -23,7 +23,7 @@ class ZeroExperts(nnx.Module):
         if self.count == 0:
             raise ValueError("ZeroExperts.identity, zero and constant are all 0: set MoE.zero_experts=None instead")
         self.constant, self.dim = constant, dim
-        shape, names = (constant, dim), ("experts", "embed")
+        shape, names = (constant, dim), ("routed", "embed")
         self.vector = axes.param(rngs, shape, names) if constant else None
         self.mix = axes.param(rngs, shape, names) if constant else None
 

@@ -13,7 +13,7 @@ from maxlike.schedules import Rate
 
 Kind = Literal["matrix", "embedding", "vector"]
 
-STACKS = ("layers", "experts")  # in front of the other axes these count matrices, they are no side of one
+STACKS = ("layers", "experts", "routed")  # in front of the other axes these count matrices, they are no side of one
 # Neighbours among these are one side: heads * head_dim, groups * state.
 HEADS = ("heads", "kv_heads", "groups", "head_dim", "state")
 TABLES = ("vocab", "positions")  # rows looked up by an index, and the output head
@@ -45,7 +45,7 @@ def sides(axes: tuple[str, ...]) -> tuple[int, list[tuple[str, ...]]]:
 
     ('layers', 'embed', 'heads', 'head_dim') -> 1, [('embed',), ('heads', 'head_dim')];
     ('experts', 'mlp', 'embed') -> 1, [('mlp',), ('embed',)];
-    a router, ('embed', 'experts') -> 0, [('embed',), ('experts',)].
+    a router, ('embed', 'routed') -> 0, [('embed',), ('routed',)].
     """
     stack = 0
     while stack < len(axes) and axes[stack] in STACKS:

@@ -97,7 +97,7 @@ def test_bias_learns_in_every_layer_of_a_stack_however_it_runs():
 
         gradient, aux = jax.jit(jax.grad(run, has_aux=True))(state, inputs())
         bias = gradient["periods"][0]["moe"]["router"]["bias"]
-        assert isinstance(bias, axes.Buffer) and bias.get_metadata("axes") == ("layers", "experts")
+        assert isinstance(bias, axes.Buffer) and bias.get_metadata("axes") == ("layers", "routed")
         statistics[scan], losses[scan] = bias[...], aux["loss"]
         assert aux["ffn/load"].shape == (2,)
     np.testing.assert_array_equal(statistics[True], statistics[False])
