@@ -10,13 +10,13 @@ from flax import nnx
 from layers import axes, kernels
 from layers.attention_gate import gated
 from layers.cache import real, write
-from layers.context import Context, ReadsPrefix
+from layers.context import AnyOrder, Context, ReadsPrefix
 from layers.linear import Linear
 from layers.rope import rotary
 from layers.rope2d import RoPE2D
 
 
-class Attention(nnx.Module, ReadsPrefix):
+class Attention(nnx.Module, ReadsPrefix, AnyOrder):
     """Dot-product attention of a row on itself (Vaswani et al. 2017; grouped-query: Ainslie et al. 2023, arXiv
     2305.13245).
 
@@ -132,6 +132,7 @@ class Attention(nnx.Module, ReadsPrefix):
             segments_BT=ctx.segments_BT,
             sinks_H=self._sinks(),
             prefix_BT=ctx.prefix_BT,
+            order_BT=ctx.order_BT,
         )
         return self._finish(y_BTHK, score), self._aux(score, ctx)
 

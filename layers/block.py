@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from layers.context import Context, ReadsFuture, ReadsPrefix
+from layers import axes
+from layers.context import AnyOrder, Context, CutsLength, ReadsFuture, ReadsPrefix
 
 Aux = dict[str, jax.Array]
 
@@ -26,7 +27,8 @@ class Block(nnx.Module):
 
     Knobs: mixer, ffn, norm: factories; ffn None for a block that only mixes; order; residual_scale > 0; skip_scale > 0,
     of "deepnorm" alone; mixer_norm: factory of the mixer's norm where it differs from `norm`, or None.
-    Refuses a prefix (Context.prefix_BT) where the mixer would ignore it.
+    Refuses a prefix (Context.prefix_BT) where the mixer would ignore it, and rows that a mesh cuts along their length or
+        that are out of order (Context.order_BT) where the mixer cannot work on them.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         refuse_lost_prefix(self, ctx)
+        refuse_cut_rows(self, ctx)
         x_BTD, mixer_aux = self._branch(x_BTD, lambda h: self.mixer(h, ctx), self.mixer_norm, self.mixer_out_norm)
         x_BTD, ffn_aux = self._feed_forward(x_BTD, ctx)
         return x_BTD, join({"mixer": mixer_aux, "ffn": ffn_aux})
@@ -106,6 +109,22 @@ def refuse_lost_prefix(block: nnx.Module, ctx: Context) -> None:
         raise ValueError(
             f"{type(block).__name__}.mixer={type(block.mixer).__name__} cannot let all tokens see a prefix "
             "(Context.prefix_BT): drop the batch's `prefix` field, or use Attention"
+        )
+
+
+def refuse_cut_rows(block: nnx.Module, ctx: Context) -> None:
+    """Raises ValueError for rows in parts, or out of order, that `block.mixer` cannot work on."""
+    name, mixer = type(block.mixer).__name__, block.mixer
+    over = axes.mesh_axes("length")
+    if over and not isinstance(mixer, CutsLength):
+        raise ValueError(
+            f"{type(block).__name__}.mixer={name} cannot work on rows cut over the mesh axis {', '.join(over)} (context "
+            "parallel): use a mesh without it"
+        )
+    if ctx.order_BT is not None and not isinstance(mixer, AnyOrder):
+        raise ValueError(
+            f"{type(block).__name__}.mixer={name} needs the tokens of a row in order (Context.order_BT): set "
+            "Mesh.balance = False"
         )
 
 

@@ -11,6 +11,20 @@ class ReadsPrefix:
     """Marks a mixer that honours `Context.prefix_BT`. Block refuses a prefix on any other: it would be ignored."""
 
 
+class CutsLength:
+    """Marks a mixer that works on rows whose length is cut over devices (context parallel): by a ring of keys, by states
+    passed on, by a halo. Block refuses any other there."""
+
+
+class AnyOrder(CutsLength):
+    """Marks a mixer that reads the order of a row's tokens from `Context.order_BT`, so that devices may hold any of them
+    (causal load balance). Block refuses rows out of order on any other."""
+
+
+class InOrder:
+    """Marks a part beside the mixers, such as a block around blocks, that needs the tokens of a row in order."""
+
+
 class ReadsFuture:
     """Marks a feed-forward whose output for a token may depend on later ones. Block asks it before it makes a cache."""
 
@@ -59,6 +73,7 @@ class Source:
         "memory_BSD",
         "bias_BHTS",
         "slots_BT",
+        "order_BT",
     ],
     meta_fields=["train", "modalities"],
 )
@@ -83,6 +98,8 @@ class Context:
         network whose layers take it (T5).
     slots_BT: while decoding, where in its layer's cache each new token goes; None for at its position. A layer that
         gets only some of the tokens (mixture of depths) fills its cache without gaps. Read it as `cache_slots_BT`.
+    order_BT: int32, the place of each token in its row, where rows are not stored in order; None where they are. It and
+        not positions_BT, which restart in every document, says what lies in a token's past.
     train: whether this is a training step (static).
     modalities: how many modalities there are, where modality_BT says which; None if unknown (static).
     """
@@ -100,6 +117,7 @@ class Context:
     memory_BSD: jax.Array | None = None
     bias_BHTS: jax.Array | None = None
     slots_BT: jax.Array | None = None
+    order_BT: jax.Array | None = None
     train: bool = False
     modalities: int | None = None
 

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from layers import axes
 from layers import masked_attention as masked
 from layers.blocked_attention import blocked_attention
 from layers.masked_attention import chunked_attention, visibility
+from layers.ring_attention import ring_attention
 
 IMPLEMENTATIONS = {
     "attention": ("cudnn", "blocked", "chunked", "xla"),
+    "context_attention": ("ring", "gather"),
     "cached_attention": ("heads", "diagonal"),
     "dual_chunk": ("whole", "chunked"),
     "layers": ("scan", "unrolled"),
@@ -89,13 +92,30 @@ def attention(
     segments_BT: jax.Array | None = None,
     sinks_H: jax.Array | None = None,
     prefix_BT: jax.Array | None = None,
+    order_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of a row on itself: softmax(cap(scale q k^T) where visible, with sinks) v, [B, T, H, V].
 
     A query sees a key of its own segment, not after it if causal unless the key is of the prefix, and fewer than
     `window` positions away. H must be a multiple of the number of key heads G; V, the width of a value, may differ from
-    K. Softmax in float32.
+    K. Softmax in float32. order_BT: the place of each token in its row; None for rows stored in order. Where a mesh cuts
+    the length, keys come from the other devices.
     """
+    if order_BT is not None or axes.mesh_axes("length"):
+        return ring_attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            scale=scale,
+            causal=causal,
+            window=window,
+            soft_cap=soft_cap,
+            segments_BT=segments_BT,
+            sinks_H=sinks_H,
+            prefix_BT=prefix_BT,
+            order_BT=order_BT,
+            gather=take("context_attention", "ring", "a device holds two parts of the keys at a time") == "gather",
+        )
     width = max(q_BTHK.shape[3], v_BTGK.shape[3])
     picked = pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H, prefix_BT, width)
     implementation = take("attention", *picked)

@@ -12,11 +12,11 @@ from layers.active import active_parameters
 from layers.attention import Attention
 from layers.auxiliary_router import agreement, router_product
 from layers.block import Aux
-from layers.context import Context
+from layers.context import Context, InOrder
 from layers.relative_attention import RelativeAttention
 
 
-class MixtureOfDepths(nnx.Module):
+class MixtureOfDepths(nnx.Module, InOrder):
     """out = x + r (block(x) - x) for the tokens that are kept, r = sigmoid(x . w); out = x for the others (Raposo et
     al. 2024, arXiv 2404.02258; with a sigmoid gate as in MoMa, arXiv 2407.21770, section 2.4).
 
@@ -99,6 +99,10 @@ class MixtureOfDepths(nnx.Module):
         """Takes the tokens at index_BC (T: nobody) through `run(h_BCD, ctx)` and puts them back."""
         if any(x is not None for x in (ctx.prefix_BT, ctx.blocks_BT, ctx.anchors_BT, ctx.source, ctx.bias_BHTS)):
             raise ValueError("MixtureOfDepths runs in a plain decoder: no prefix, blanks, encoder or position bias")
+        if ctx.order_BT is not None:
+            raise ValueError(
+                "MixtureOfDepths needs the tokens of a row in order (Context.order_BT): set Mesh.balance = False"
+            )
         T = x_BTD.shape[1]
         row_B1, real_BC, at_BC = jnp.arange(x_BTD.shape[0])[:, None], index_BC < T, jnp.minimum(index_BC, T - 1)
 

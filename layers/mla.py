@@ -9,13 +9,13 @@ from flax import nnx
 from layers import axes, kernels
 from layers.attention_gate import gated
 from layers.cache import real, write
-from layers.context import Context
+from layers.context import AnyOrder, Context
 from layers.linear import Linear
 from layers.rope import rotary
 from layers.rope2d import RoPE2D
 
 
-class MLA(nnx.Module):
+class MLA(nnx.Module, AnyOrder):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), causal.
 
         q = W_qb norm(W_qa x), or W_q x without query compression;  each head [nope | rope]
@@ -138,7 +138,15 @@ class MLA(nnx.Module):
         """Keys and values of every head are made: fewest operations where all tokens are new."""
         q_BTHK = self._queries(x_BTD, ctx.positions_BT)
         k_BTGK, v_BTGV = self._expand(*self._latents(x_BTD, ctx.positions_BT))
-        y_BTHV = kernels.attention(q_BTHK, k_BTGK, v_BTGV, scale=self.scale, causal=True, segments_BT=ctx.segments_BT)
+        y_BTHV = kernels.attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGV,
+            scale=self.scale,
+            causal=True,
+            segments_BT=ctx.segments_BT,
+            order_BT=ctx.order_BT,
+        )
         y_BTD, score = self._finish(y_BTHV, x_BTD)
         return y_BTD, {} if self.gate is None else self.gate.metrics(score, ctx)
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from layers import axes
 from layers.block import Aux
-from layers.context import Context
+from layers.context import Context, InOrder
 from layers.linear import Linear
 
 
@@ -39,7 +39,7 @@ class MultiTokenModule(nnx.Module):
         return self.join.flops_per_token() + self.block.flops_per_token(length)
 
 
-class MultiToken(nnx.Module):
+class MultiToken(nnx.Module, InOrder):
     """`depth` modules in a chain; the n-th predicts token t + n + 1 and shares embedding and head with the model. Their
     blocks get no layer index.
 
@@ -61,6 +61,10 @@ class MultiToken(nnx.Module):
         embed: the model's embedding; ctx: of the model's call. Module n reads token t + n, so its last n - 1 positions
         of a row are junk, as is what lies behind a document's end: the loss masks them.
         """
+        if ctx.order_BT is not None:
+            raise ValueError(
+                "MultiToken needs the tokens of a row in order (Context.order_BT): set Mesh.balance = False"
+            )
         out = []
         for depth, module in enumerate(self.steps):
             key = None if ctx.key is None else jax.random.fold_in(ctx.key, depth)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from layers.block import Aux, join, refuse_lost_prefix
+from layers.block import Aux, join, refuse_cut_rows, refuse_lost_prefix
 from layers.context import Context
 
 
@@ -50,6 +50,7 @@ class ShortcutBlock(nnx.Module):
     def _run(self, x_BTD, mix: Callable, second_mix: Callable, ctx: Context) -> tuple[jax.Array, Aux, Any, Any]:
         """(y, aux, what the first mixer gives beside its output, the same of the second)."""
         refuse_lost_prefix(self, ctx)
+        refuse_cut_rows(self, ctx)
         mixed_BTD, first = mix(self.mixer_norm(x_BTD))
         h_BTD = x_BTD + _kept(mixed_BTD)
         u_BTD = self.ffn_norm(h_BTD)
