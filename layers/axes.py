@@ -38,6 +38,8 @@ PARAMETER_AXES = {
 ACTIVATION_AXES = {
     "batch": "examples (B)",
     "length": "positions (T)",
+    "residual_length": "positions of the residual stream between the branches of blocks (T): as `length`, and also over "
+    "the devices that share a branch's heads or width, which each need the whole length only inside the branch",
     "act_embed": "model width of an activation (D)",
     "act_heads": "heads of an activation (H or G)",
     "act_mlp": "feed-forward width of an activation (F)",
@@ -199,6 +201,13 @@ def device() -> jax.Device:
     return jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
 
 
+def devices() -> int:
+    """Devices that the code being traced runs on: of the mesh, which may be another than this process sees, or without
+    one all that there are."""
+    placement = _placement.get()
+    return jax.device_count() if placement is None else placement.mesh.size
+
+
 def mesh_axes(axis: str) -> tuple[str, ...]:
     """The mesh axes over which a logical axis is spread and that are still whole here: () without a mesh, where the
     axis is replicated, and inside a `shard_map` over them."""
@@ -209,13 +218,15 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
     return tuple(name for name in placement.mesh_axes(axis) if name not in taken)
 
 
-def shard_map(function: Callable, *, over: tuple[str, ...], inputs: Any, outputs: Any) -> Callable:
+def shard_map(function: Callable, *, over: tuple[str, ...], inputs: Any, outputs: Any, check: bool = True) -> Callable:
     """`function` as each device runs it on its own part of the arrays, free to use collectives (`jax.lax.psum`,
     `all_to_all`, `ppermute`) over the mesh axes `over`; all other mesh axes stay with the compiler.
 
     over: mesh axes, as `mesh_axes` gives them. inputs, outputs: for each argument (result) a tuple with the logical
     axis of each dimension, or a tree of such tuples as jax.shard_map takes specs; an axis that does not lie on `over`
-    is not cut. May be nested: an inner one takes other mesh axes than an outer one.
+    is not cut. May be nested: an inner one takes other mesh axes than an outer one. check: jax follows which values
+    differ between devices, and refuses a loop whose start does not while its results do; False for a function that
+    runs whole layers, which know nothing of it, and that differentiates no `psum`.
 
     Raises ValueError for a mesh axis that is not there, or that an outer shard_map has taken.
     """
@@ -234,7 +245,9 @@ def shard_map(function: Callable, *, over: tuple[str, ...], inputs: Any, outputs
         return isinstance(leaf, tuple) and all(axis is None or isinstance(axis, str) for axis in leaf)
 
     specs = (jax.tree.map(spec, tree, is_leaf=is_axes) for tree in (inputs, outputs))
-    return jax.shard_map(function, mesh=mesh, in_specs=next(specs), out_specs=next(specs), axis_names={*over})
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=next(specs), out_specs=next(specs), axis_names={*over}, check_vma=check
+    )
 
 
 def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *, like: jax.Array) -> jax.Array:

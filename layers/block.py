@@ -12,6 +12,21 @@ from layers import axes
 from layers.context import AnyOrder, Context, CutsLength, ReadsFuture, ReadsPrefix
 
 Aux = dict[str, jax.Array]
+# A branch reads all positions; its output is summed into a residual stream whose positions are spread over the devices
+# that share the branch: two gathers and two reduce-scatters a block, where each would else hold and norm all of it.
+WHOLE = ("batch", "length", "act_embed")
+RESIDUAL = ("batch", "residual_length", "act_embed")
+
+
+def enter(h_BTD: jax.Array) -> jax.Array:
+    """The input of a branch: gathered; its gradient is spread again before anything else is done with it."""
+    return axes.constrain(axes.constrain(h_BTD, *RESIDUAL), *WHOLE)
+
+
+def leave(y_BTD: jax.Array) -> jax.Array:
+    """The output of a branch as it enters the residual stream (the remat policy "branches" keeps it): spread; its
+    gradient is gathered before the branch sees it."""
+    return checkpoint_name(axes.constrain(axes.constrain(y_BTD, *WHOLE), *RESIDUAL), "branch")
 
 
 class Block(nnx.Module):
@@ -62,8 +77,8 @@ class Block(nnx.Module):
 
     def _branch(self, x_BTD, f: Callable, norm: Callable, out_norm: Callable | None) -> tuple[jax.Array, Any]:
         h_BTD = norm(x_BTD) if self.order in ("pre", "sandwich", "deepnorm") else x_BTD
-        y_BTD, rest = f(h_BTD)
-        y_BTD = checkpoint_name(y_BTD, "branch")  # what the remat policy "branches" keeps
+        y_BTD, rest = f(enter(h_BTD))
+        y_BTD = leave(y_BTD)
         if self.order == "sandwich":
             y_BTD = out_norm(y_BTD)
         if self.order == "swin":

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers import axes
-from layers.block import Aux, Block
+from layers.block import RESIDUAL, WHOLE, Aux, Block
 from layers.context import Context, Source
 from layers.embed import Embed, Head
 from layers.language_model import Output, is_causal, mask_padding
@@ -77,9 +77,9 @@ class EncoderDecoder(nnx.Module):
         index_1S = jnp.arange(source.tokens_BS.shape[1])[None]
         bias_BHSS = None if self.encoder_bias is None else self.encoder_bias(index_1S, index_1S)
         ctx = Context(source.positions_BS, source.segments_BS, key=key, train=train, bias_BHTS=bias_BHSS)
-        x_BSD = axes.constrain(self.embed(source.tokens_BS, ctx), "batch", "length", "act_embed")
+        x_BSD = axes.constrain(self.embed(source.tokens_BS, ctx), *RESIDUAL)
         x_BSD, aux = self.encoder(x_BSD, ctx)
-        return axes.constrain(self.encoder_norm(x_BSD), "batch", "length", "act_embed"), aux
+        return axes.constrain(self.encoder_norm(x_BSD), *WHOLE), aux
 
     def __call__(self, tokens_BT: jax.Array, ctx: Context) -> Output:
         if ctx.source is None:
@@ -92,9 +92,9 @@ class EncoderDecoder(nnx.Module):
         index_1T = jnp.arange(tokens_BT.shape[1])[None]
         bias_BHTS = None if self.decoder_bias is None else self.decoder_bias(index_1T, index_1T)
         ctx = ctx.replace(memory_BSD=memory_BSD, bias_BHTS=bias_BHTS, key=keys[1])
-        x_BTD = axes.constrain(self.embed(tokens_BT, ctx), "batch", "length", "act_embed")
+        x_BTD = axes.constrain(self.embed(tokens_BT, ctx), *RESIDUAL)
         x_BTD, aux = self.decoder(x_BTD, ctx)
-        hidden_BTD = axes.constrain(self.decoder_norm(x_BTD), "batch", "length", "act_embed")
+        hidden_BTD = axes.constrain(self.decoder_norm(x_BTD), *WHOLE)
         return Output(hidden_BTD, {"encoder": encoder_aux, "decoder": aux})
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from layers import axes
 from layers.attention import Attention
-from layers.block import Aux
+from layers.block import RESIDUAL, WHOLE, Aux
 from layers.context import Context
 from layers.embed import Embed, Head
 from layers.relative_attention import RelativeAttention
@@ -98,9 +98,9 @@ class LanguageModel(nnx.Module):
                 "LanguageModel does not read Context.source: drop the batch's `sources` fields, or use EncoderDecoder"
             )
         ctx = ctx.replace(modality_BT=self.modality(tokens_BT), modalities=self.modalities)
-        x_BTD = axes.constrain(self.embed(tokens_BT, ctx), "batch", "length", "act_embed")
+        x_BTD = axes.constrain(self.embed(tokens_BT, ctx), *RESIDUAL)
         x_BTD, aux = self.stack(x_BTD, ctx)
-        return Output(axes.constrain(self._hidden(x_BTD), "batch", "length", "act_embed"), aux)
+        return Output(axes.constrain(self._hidden(x_BTD), *WHOLE), aux)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, padded_vocab] of any chunk of hidden states."""

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from layers.block import Aux, join, refuse_cut_rows, refuse_lost_prefix
+from layers.block import Aux, enter, join, leave, refuse_cut_rows, refuse_lost_prefix
 from layers.context import Context
 
 
@@ -51,19 +50,20 @@ class ShortcutBlock(nnx.Module):
         """(y, aux, what the first mixer gives beside its output, the same of the second)."""
         refuse_lost_prefix(self, ctx)
         refuse_cut_rows(self, ctx)
-        mixed_BTD, first = mix(self.mixer_norm(x_BTD))
-        h_BTD = x_BTD + _kept(mixed_BTD)
-        u_BTD = self.ffn_norm(h_BTD)
+        mixed_BTD, first = mix(enter(self.mixer_norm(x_BTD)))
+        h_BTD = x_BTD + leave(mixed_BTD)
+        u_BTD = enter(self.ffn_norm(h_BTD))
         m_BTD, moe_aux = self.moe(u_BTD, ctx)
-        m_BTD = _kept(m_BTD)
+        m_BTD = leave(m_BTD)
         dense_BTD, dense_aux = self.ffn(u_BTD, ctx)
-        h_BTD = h_BTD + _kept(dense_BTD)
+        h_BTD = h_BTD + leave(dense_BTD)
         if not self.shortcut:
             h_BTD = h_BTD + m_BTD
-        mixed_BTD, second = second_mix(self.second_mixer_norm(h_BTD))
-        h_BTD = h_BTD + _kept(mixed_BTD)
-        dense_BTD, second_dense_aux = self.second_ffn(self.second_ffn_norm(h_BTD), ctx)
-        y_BTD = h_BTD + _kept(dense_BTD)
+        mixed_BTD, second = second_mix(enter(self.second_mixer_norm(h_BTD)))
+        h_BTD = h_BTD + leave(mixed_BTD)
+        u_BTD = enter(self.second_ffn_norm(h_BTD))
+        dense_BTD, second_dense_aux = self.second_ffn(u_BTD, ctx)
+        y_BTD = h_BTD + leave(dense_BTD)
         aux = {"ffn": moe_aux, "dense": dense_aux, "second_dense": second_dense_aux}
         return y_BTD + m_BTD if self.shortcut else y_BTD, aux, first, second
 
@@ -89,8 +89,3 @@ class ShortcutBlock(nnx.Module):
     def flops_per_token(self, length: int) -> float:
         parts = (self.mixer, self.second_mixer, self.ffn, self.second_ffn, self.moe)
         return sum(part.flops_per_token(length) for part in parts)
-
-
-def _kept(y_BTD: jax.Array) -> jax.Array:
-    """Marks what the remat policy "branches" keeps."""
-    return checkpoint_name(y_BTD, "branch")

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from maxlike.hlo import Computation, Instruction, Program
+from maxlike.hlo import Computation, Instruction, HloModule
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 
@@ -46,8 +46,8 @@ def collectives(hlo_text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     Raises ValueError for a collective in a loop whose trip count the text does not determine, and for groups of devices
     that are not written in a known form.
     """
-    program = Program.parse(hlo_text)
-    return list(_walk(program, program.computations[program.entry], [], 1, mesh))
+    module = HloModule.parse(hlo_text)
+    return list(_walk(module, module.computations[module.entry], [], 1, mesh))
 
 
 def by_axis(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
@@ -59,7 +59,7 @@ def by_axis(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], in
 
 
 def _walk(
-    program: Program, computation: Computation, arguments: list[Any], times: int | None, mesh: jax.sharding.Mesh
+    module: HloModule, computation: Computation, arguments: list[Any], times: int | None, mesh: jax.sharding.Mesh
 ) -> Iterable[Collective]:
     """The collectives of a computation that runs `times` times (None: nobody knows) with `arguments`."""
     for instruction in computation.instructions.values():
@@ -70,29 +70,29 @@ def _walk(
                     raise ValueError(f"{instruction.name} runs in a loop whose trip count the program does not state")
                 yield dataclasses.replace(collective, times=times)
         elif instruction.opcode == "while":
-            count, carry = program.loop(computation, instruction, arguments)
+            count, carry = module.loop(computation, instruction, arguments)
             for part, runs in (("condition", 1), ("body", 0)):
-                inner = program.computations[instruction.find(rf"(?:^|, ){part}=%?([\w.\-]+)")]
+                inner = module.computations[instruction.find(rf"(?:^|, ){part}=%?([\w.\-]+)")]
                 each = None if count is None or times is None else times * (count + runs)
-                yield from _walk(program, inner, [carry], each, mesh)
+                yield from _walk(module, inner, [carry], each, mesh)
         elif instruction.opcode == "conditional":
-            branches = [list(_walk(program, c, [], times, mesh)) for c in _branches(program, instruction)]
+            branches = [list(_walk(module, c, [], times, mesh)) for c in _branches(module, instruction)]
             yield from max(branches, key=lambda found: sum(c.bytes * c.times for c in found))
         elif instruction.opcode not in ("async-done", "async-update"):
             called = instruction.find(r"(?:^|, )(?:calls|to_apply)=%?([\w.\-]+)")
             if called is not None:
-                values = [program.value(computation, name, arguments) for name in instruction.operands]
-                found = _walk(program, program.computations[called], values, times, mesh)
+                values = [module.value(computation, name, arguments) for name in instruction.operands]
+                found = _walk(module, module.computations[called], values, times, mesh)
                 yield from map(_scattered, found) if called.startswith("all-reduce-scatter") else found
 
 
-def _branches(program: Program, conditional: Instruction) -> list[Computation]:
+def _branches(module: HloModule, conditional: Instruction) -> list[Computation]:
     listed = conditional.find(r"branch_computations=\{([^}]*)\}")
     if listed is None:
         names = [conditional.find(rf"{side}_computation=%?([\w.\-]+)") for side in ("true", "false")]
     else:
         names = [name.strip().removeprefix("%") for name in listed.split(",")]
-    return [program.computations[name] for name in names]
+    return [module.computations[name] for name in names]
 
 
 def _scattered(collective: Collective) -> Collective:

@@ -43,14 +43,14 @@ class Computation:
 
 
 @dataclasses.dataclass
-class Program:
+class HloModule:
     """The computations of a module by name; `entry` is the one that runs."""
 
     computations: dict[str, Computation]
     entry: str
 
     @classmethod
-    def parse(cls, text: str) -> "Program":
+    def parse(cls, text: str) -> "HloModule":
         """Of `jax.stages.Compiled.as_text()`. Raises ValueError for a text without an entry computation."""
         computations, entry, now = {}, "", None
         for line in text.splitlines():
