@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from layers import kernels
+from layers import axes, kernels
 
 # Float32 logits of a chunk on one device, when its length is chosen by memory. A CPU wants them in its cache; elsewhere
 # small chunks would spend their time adding up gradients of the head.
@@ -37,7 +37,7 @@ class Sums:
 
 def chunk_length(rows: int, length: int, vocab: int) -> int:
     """Positions per chunk of a [rows, length] batch: CHUNK_BYTES of logits a device, at most length / FEWEST_CHUNKS."""
-    budget = CHUNK_BYTES[kernels.platform()] * jax.device_count()
+    budget = CHUNK_BYTES[kernels.platform()] * axes.devices()
     return max(1, min(budget // (4 * rows * vocab), -(-length // FEWEST_CHUNKS)))
 
 
