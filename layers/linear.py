@@ -5,8 +5,13 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from layers import axes
+
+# What remat policies may keep by name: a projection's output or input, by the logical axes on that side.
+OUTPUT_NAMES = {"heads": "qkv", "kv_heads": "qkv", "groups": "qkv", "latent": "qkv", "mlp": "mlp_up"}
+INPUT_NAMES = {"heads": "attn_out", "mlp": "mlp_in"}
 
 
 @jax.custom_vjp
@@ -31,6 +36,14 @@ def _product_backward(residuals, g):
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+class Product(nnx.Module):
+    """How a Linear layer multiplies: x [..., I], w_IO -> [..., O] in the dtype of both. `layers.low_precision` puts
+    others in the place of this one."""
+
+    def __call__(self, x: jax.Array, w_IO: jax.Array) -> jax.Array:
+        return _product(x, w_IO)
 
 
 class Linear(nnx.Module):
@@ -60,16 +73,21 @@ class Linear(nnx.Module):
             raise ValueError(f"Linear.std={std} must be positive, or None for 1/sqrt(fan in)")
         self.inputs, self.outputs = math.prod(inputs), math.prod(outputs)
         self.input_dims = len(inputs)
+        self.input_name = next((INPUT_NAMES[axis] for axis in input_axes if axis in INPUT_NAMES), None)
+        self.output_name = next((OUTPUT_NAMES[axis] for axis in output_axes if axis in OUTPUT_NAMES), None)
         init = axes.normal(self.inputs**-0.5 if std is None else std)
         self.kernel = axes.param(rngs, (*inputs, *outputs), (*input_axes, *output_axes), init)
         self.bias = axes.param(rngs, outputs, output_axes, jax.nn.initializers.zeros) if bias else None
+        self.product = Product()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
         lead = x.shape[: x.ndim - self.input_dims]
+        x = x if self.input_name is None else checkpoint_name(x, self.input_name)
         # One plain matrix product: a contraction over several dimensions is slower on the CPU backend.
-        y = _product(jnp.reshape(x, (*lead, self.inputs)), jnp.reshape(kernel, (self.inputs, self.outputs)))
+        y = self.product(jnp.reshape(x, (*lead, self.inputs)), jnp.reshape(kernel, (self.inputs, self.outputs)))
         y = jnp.reshape(y, (*lead, *kernel.shape[self.input_dims :]))
+        y = y if self.output_name is None else checkpoint_name(y, self.output_name)
         return y if self.bias is None else y + self.bias[...]
 
     def flops_per_token(self) -> float:

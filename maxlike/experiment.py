@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from flax import nnx
+
 from layers.language_model import LanguageModel
 from maxlike.checkpoint import Checkpoints
 from maxlike.data.data import Data
@@ -31,6 +33,8 @@ class Experiment:
     seed: of the initial parameters, the data order and all noise.
     step: precision, micro-batches, clipping, averaging and what to do with a bad step.
     checkpoints: when to save and what to keep. hooks: called after every step.
+    products: `network -> network`, such as layers.low_precision.Float8: how its matrix products are computed; None: in
+        the step's compute dtype.
     warm_start: `(state, abstract state, say) -> state`, such as WarmStart or Upcycle: parameters of another run
         to begin with, or None.
     config: the `maxlike.config.Configuration` it was loaded from; None where it was built in Python.
@@ -50,6 +54,7 @@ class Experiment:
     step: Step = dataclasses.field(default_factory=Step)
     checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
     hooks: tuple[Hook, ...] = ()
+    products: Callable | None = None
     warm_start: Callable | None = None
     config: Any = None
 
@@ -69,10 +74,15 @@ class Experiment:
         """What schedules convert durations with."""
         return Clock(steps=self.steps, tokens_per_step=self.batch_size * self.sequence_length)
 
+    def network(self, *, rngs: nnx.Rngs) -> Any:
+        """A new network, with the products that it is to compute with."""
+        network = self.model(rngs=rngs)
+        return network if self.products is None else self.products(network)
+
     def abstract_model(self) -> AbstractModel:
         """Shapes and logical axes, without computing a number; traced once."""
         if self._abstract is None:
-            self._abstract = AbstractModel.of(self.model)
+            self._abstract = AbstractModel.of(self.network)
         return self._abstract
 
     def open_validation(self) -> FiniteBatches:

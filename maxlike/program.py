@@ -118,6 +118,6 @@ class Program:
         return jax.jit(evaluate, out_shardings=self.layout.replicated)
 
     def _make_state(self, seed: jax.Array) -> dict:
-        _, params, buffers = split(self.experiment.model, jax.random.key(seed))
+        _, params, buffers = split(self.experiment.network, jax.random.key(seed))
         params, buffers = nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
         return self.experiment.step.init(params, buffers, self.optimizer, seed)

@@ -88,7 +88,7 @@ def _state(program: Program, loaded: dict[str, jax.Array]) -> dict:
     experiment, abstract, shardings = program.experiment, program.state, program.shardings
 
     def initial(seed: jax.Array) -> dict:
-        network = experiment.model(rngs=nnx.Rngs(params=jax.random.key(seed)))
+        network = experiment.network(rngs=nnx.Rngs(params=jax.random.key(seed)))
         return nnx.to_pure_dict(nnx.split(network, nnx.Param, Buffer)[2])
 
     def begin(params: dict, buffers: dict, seed: jax.Array) -> dict:
