@@ -9,6 +9,7 @@ from flax import nnx
 
 from layers import axes
 from layers.context import Context, ReadsFuture
+from layers.remat import chosen
 from layers.selection import real_tokens
 
 
@@ -65,7 +66,8 @@ class ExpertChoice(nnx.Module, ReadsFuture):
         logits_BTE = jnp.matmul(x_BTD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST)
         score_BTE = jax.nn.softmax(logits_BTE)
         wanted_BET = jnp.where(real_BT[..., None], score_BTE, -1.0).swapaxes(1, 2)
-        weight_BEC, token_BEC = jax.lax.top_k(wanted_BET, C)
+        token_BEC = chosen(jax.lax.top_k(wanted_BET, C)[1])
+        weight_BEC = jnp.take_along_axis(wanted_BET, token_BEC, -1)
         weight_BEC = jnp.maximum(weight_BEC, 0.0)  # padding that filled up a short row weighs nothing
         row_B11 = jnp.arange(B)[:, None, None]
         taken_EBCD = x_BTD[row_B11, token_BEC].swapaxes(0, 1)

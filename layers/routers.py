@@ -14,6 +14,7 @@ from flax import nnx
 
 from layers import axes
 from layers.context import Context
+from layers.remat import chosen
 
 
 @functools.partial(
@@ -146,7 +147,7 @@ class TopK(nnx.Module):
         selection_BTE = jax.lax.stop_gradient(score_BTE) + self.selection_bias()
         if self.limit is not None:
             selection_BTE = self.limit(selection_BTE)
-        index_BTJ = jax.lax.top_k(selection_BTE, self.top_k)[1]
+        index_BTJ = chosen(jax.lax.top_k(selection_BTE, self.top_k)[1])
         weight_BTJ = jnp.take_along_axis(score_BTE, index_BTJ, -1)
         if self.norm_topk:
             weight_BTJ = weight_BTJ / (jnp.sum(weight_BTJ, -1, keepdims=True) + 1e-20)

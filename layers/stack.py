@@ -11,14 +11,7 @@ from flax import nnx
 from layers import axes, kernels
 from layers.block import Aux
 from layers.context import Context
-
-# What the backward pass may read from memory instead of computing it anew, by name.
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "branches": jax.checkpoint_policies.save_only_these_names("branch"),
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+from layers.remat import POLICIES, policy
 
 
 class Stack(nnx.Module):
@@ -30,11 +23,16 @@ class Stack(nnx.Module):
     Knobs:
         pattern, prefix, suffix: tuples of block factories. depth: number of blocks of the repeated part.
         remat: what a block keeps for its backward pass: "none" keeps all, "full" only its input, "branches" also the
-        outputs of mixer and feed-forward, "dots" also every matrix product, "dots_no_batch" only those with a weight.
+        outputs of mixer and feed-forward, "matmul_half" attention's output and the feed-forward's first products,
+        "dots" every matrix product, "dots_no_batch" those with a weight; "offload" keeps the large ones (remat.LARGE)
+        in the host's memory. Routers' choices are always kept.
         scan: True compiles one period and loops over it (compile time and memory do not grow with depth); False
         unrolls; None takes the faster as measured: unrolled on CPU (1.80 s against 2.26 s a step of a 6-layer model),
         else scanned.
-    Refuses an empty pattern, and a depth that is no positive multiple of its length.
+        pipeline: factory such as pipeline.Circular of how the repeated part runs where the mesh spreads "layers" over
+        stages; None for a mesh without.
+    Refuses an empty pattern, and a depth that is no positive multiple of its length; a mesh with stages without a
+    pipeline. Decoding runs stage after stage.
     """
 
     def __init__(
@@ -45,17 +43,19 @@ class Stack(nnx.Module):
         depth: int,
         prefix: tuple[Callable, ...] = (),
         suffix: tuple[Callable, ...] = (),
-        remat: Literal["none", "full", "branches", "dots", "dots_no_batch"] = "none",
+        remat: Literal["none", "full", "branches", "matmul_half", "dots", "dots_no_batch", "offload"] = "none",
         scan: bool | None = None,
+        pipeline: Callable | None = None,
         rngs: nnx.Rngs,
     ):
         if not pattern:
             raise ValueError("Stack.pattern is empty: give at least one block factory")
         if depth < 1 or depth % len(pattern):
             raise ValueError(f"Stack.depth={depth} must be a positive multiple of the pattern's length {len(pattern)}")
-        if remat != "none" and remat not in REMAT_POLICIES:
-            raise ValueError(f"Stack.remat={remat!r} must be 'none' or one of {', '.join(REMAT_POLICIES)}")
+        if remat != "none" and remat not in POLICIES:
+            raise ValueError(f"Stack.remat={remat!r} must be 'none' or one of {', '.join(POLICIES)}")
         self.remat, self.scan = remat, scan
+        self.pipeline = None if pipeline is None else pipeline()
         self.repeats = depth // len(pattern)
 
         def period(key):
@@ -79,7 +79,7 @@ class Stack(nnx.Module):
         ctx = ctx.replace(layer=layer, key=None if ctx.key is None else jax.random.fold_in(ctx.key, layer))
         if self.remat == "none":
             return block(x_BTD, ctx)
-        run = jax.checkpoint(lambda block, x_BTD, ctx: block(x_BTD, ctx), policy=REMAT_POLICIES[self.remat])
+        run = jax.checkpoint(lambda block, x_BTD, ctx: block(x_BTD, ctx), policy=policy(self.remat))
         return run(block, x_BTD, ctx)
 
     def _run(self, x_BTD, blocks, caches, ctx: Context, first):
@@ -94,31 +94,55 @@ class Stack(nnx.Module):
             out.append(value)
         return x_BTD, tuple(out)
 
-    def _run_periods(self, x_BTD, caches, ctx: Context):
-        """The repeated part; results of each position of the pattern stacked over the repeats."""
-        first, size = len(self.prefix), len(self.periods)
-        if not self.repeats:
-            return x_BTD, ()
+    def run_periods(self, periods, x_BTD: jax.Array, ctx: Context, start, caches=None) -> tuple[jax.Array, Any]:
+        """Consecutive periods of the repeated part, all of them or a stage's, of which the first is number `start`;
+        results of each position of the pattern stacked over the periods."""
+        first, size = len(self.prefix), len(periods)
+        count = jax.tree.leaves(periods)[0].shape[0]
         if self._scanned():
 
             def body(x_BTD, xs):
                 index, blocks, caches = xs
                 return self._run(x_BTD, blocks, caches, ctx, first + index * size)
 
-            return jax.lax.scan(body, x_BTD, (jnp.arange(self.repeats), self.periods, caches))
+            return jax.lax.scan(body, x_BTD, (start + jnp.arange(count), periods, caches))
         out = []
-        for index, (blocks, cache) in enumerate(
-            zip(unstack(self.periods, self.repeats), unstack(caches, self.repeats))
-        ):
-            x_BTD, values = self._run(x_BTD, blocks, cache, ctx, first + index * size)
+        for index, (blocks, cache) in enumerate(zip(unstack(periods, count), unstack(caches, count))):
+            x_BTD, values = self._run(x_BTD, blocks, cache, ctx, first + (start + index) * size)
             out.append(values)
         return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *out)
 
+    def _repeat(self, x_BTD, ctx: Context):
+        """The repeated part, in a pipeline where there are stages."""
+        if not self.repeats:
+            return x_BTD, ()
+        if not axes.mesh_axes("layers"):
+            return self.run_periods(self.periods, x_BTD, ctx, 0)
+        if self.pipeline is None:
+            raise ValueError(
+                f"Stack.pipeline=None on a mesh whose axes {axes.mesh_axes('layers')} are stages of layers: bind "
+                "pipeline.Circular to it, as the overlay mesh/pipeline does, or leave the axis out of Mesh.shape"
+            )
+        return self.pipeline(self.run_periods, self.periods, x_BTD, ctx)
+
+    def enter(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, tuple[Aux, ...]]:
+        """The blocks before the repeated part, and what each reports."""
+        return self._run(x_BTD, self.prefix, None, ctx, 0)
+
+    def leave(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, tuple[Aux, ...]]:
+        """The blocks behind the repeated part, and what each reports."""
+        return self._run(x_BTD, self.suffix, None, ctx, self._last)
+
+    @property
+    def _last(self) -> int:
+        """Index of the first layer behind the repeated part."""
+        return len(self.prefix) + self.repeats * len(self.periods)
+
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        x_BTD, before = self._run(x_BTD, self.prefix, None, ctx, 0)
-        x_BTD, middle = self._run_periods(x_BTD, None, ctx)
-        x_BTD, after = self._run(x_BTD, self.suffix, None, ctx, len(self.prefix) + self.repeats * len(self.periods))
-        return x_BTD, _by_depth(before, middle, after)
+        x_BTD, before = self.enter(x_BTD, ctx)
+        x_BTD, middle = self._repeat(x_BTD, ctx)
+        x_BTD, after = self.leave(x_BTD, ctx)
+        return x_BTD, by_depth(before, middle, after)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, Any]:
         def caches(blocks):
@@ -129,9 +153,10 @@ class Stack(nnx.Module):
 
     def extend(self, x_BTD: jax.Array, cache: dict[str, Any], ctx: Context) -> tuple[jax.Array, dict[str, Any]]:
         x_BTD, before = self._run(x_BTD, self.prefix, cache["prefix"], ctx, 0)
-        x_BTD, middle = self._run_periods(x_BTD, cache["periods"], ctx)
-        last = len(self.prefix) + self.repeats * len(self.periods)
-        x_BTD, after = self._run(x_BTD, self.suffix, cache["suffix"], ctx, last)
+        middle = cache["periods"]
+        if self.repeats:
+            x_BTD, middle = self.run_periods(self.periods, x_BTD, ctx, 0, middle)
+        x_BTD, after = self._run(x_BTD, self.suffix, cache["suffix"], ctx, self._last)
         return x_BTD, {"prefix": before, "periods": middle, "suffix": after}
 
     def unrolled(self) -> "Stack":
@@ -185,8 +210,9 @@ def unstack(tree: Any, length: int) -> list[Any]:
     return [jax.tree.unflatten(structure, [leaf[i] for leaf in slices]) for i in range(length)]
 
 
-def _by_depth(before: tuple[Aux, ...], middle: tuple[Aux, ...], after: tuple[Aux, ...]) -> Aux:
-    """For each name the values of all layers that report it, shallow first, on a leading axis."""
+def by_depth(before: tuple[Aux, ...], middle: tuple[Aux, ...], after: tuple[Aux, ...]) -> Aux:
+    """For each name the values of all layers that report it, shallow first, on a leading axis: of the blocks before the
+    repeated part, of each position of its pattern stacked over the repeats, and of the blocks behind it."""
     out = {}
     for name in dict.fromkeys(name for aux in (*before, *middle, *after) for name in aux):
         repeated = [aux[name] for aux in middle if name in aux]

@@ -41,7 +41,7 @@ class Pretrained:
         self,
         *,
         source: str,
-        remat: Literal["none", "full", "branches", "dots", "dots_no_batch"] = "none",
+        remat: Literal["none", "full", "branches", "matmul_half", "dots", "dots_no_batch", "offload"] = "none",
         scan: bool | None = None,
     ):
         self.source, self.remat, self.scan = source, remat, scan

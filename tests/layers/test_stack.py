@@ -14,7 +14,8 @@ from layers.block import Block
 from layers.context import Context
 from layers.mlp import GatedMLP
 from layers.norm import RMSNorm
-from layers.stack import REMAT_POLICIES, Stack, unroll, unstack
+from layers.remat import POLICIES
+from layers.stack import Stack, unroll, unstack
 from tests.reference.random import random_module
 
 F = functools.partial
@@ -65,7 +66,7 @@ def expected():
 
 
 @pytest.mark.parametrize(
-    ("scan", "remat"), [(True, "none"), (False, "full"), *((True, policy) for policy in REMAT_POLICIES)]
+    ("scan", "remat"), [(True, "none"), (False, "full"), *((True, policy) for policy in POLICIES)]
 )
 def test_scan_and_remat_change_nothing(expected, scan, remat):
     got = value_and_gradient(scan=scan, remat=remat)
