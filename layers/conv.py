@@ -1,6 +1,8 @@
 """Short causal convolution along the row, one filter a channel, as recurrent mixers put behind their projections."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -52,16 +54,22 @@ class ShortConv(nnx.Module):
         return y.astype(dtype)
 
     def __call__(self, x: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
-        """A whole row. Without segments each row is one document."""
-        shifted, same_BT = [x], True
-        for j in range(1, self.width):
-            back = _shift(x, j)
-            if segments_BT is not None:
-                # And, so that a tap never reaches over another segment to one of the same id (padding on both sides).
-                same_BT = same_BT & (_shift(segments_BT, j) == segments_BT)
-                back = jnp.where(_expand(same_BT, back), back, 0)
-            shifted.append(back)
-        return self._sum(shifted, x.dtype)
+        """A whole row. Without segments each row is one document. Where a mesh cuts the length, a device gets the
+        width - 1 tokens before its own from the one before it."""
+        over, kept = axes.mesh_axes("length"), self.width - 1
+        if not over or not kept:
+            return self._sum([x, *_taps(x, segments_BT, kept, _nothing)], x.dtype)
+        row, shape = ("batch", "length"), (None,) * (x.ndim - 2)
+        arrays = {"x": x} if segments_BT is None else {"x": x, "segments_BT": segments_BT}
+        cut = {"x": row + shape, "segments_BT": row}
+
+        def local(arrays):
+            _check_reach(kept, arrays["x"].shape[1], over)
+            return _taps(arrays["x"], arrays.get("segments_BT"), kept, functools.partial(_from_before, over))
+
+        specs = {name: cut[name] for name in arrays}
+        taps = axes.shard_map(local, over=over, inputs=(specs,), outputs=[row + shape] * kept)(arrays)
+        return self._sum([x, *taps], x.dtype)
 
     def init_cache(self, batch: int, dtype: jnp.dtype) -> jax.Array:
         """The empty tail, [B, width - 1, *channels]."""
@@ -89,7 +97,36 @@ def _expand(x_BT: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.reshape(x_BT, (*x_BT.shape, *(1,) * (like.ndim - 2)))
 
 
-def _shift(x: jax.Array, by: int) -> jax.Array:
-    """The value `by` tokens back, zeros before the row's start."""
-    T = x.shape[1]
-    return jnp.pad(x, ((0, 0), (min(by, T), 0), *((0, 0),) * (x.ndim - 2)))[:, :T]
+def _nothing(x: jax.Array, count: int) -> jax.Array:
+    """The `count` values before a row: zeros."""
+    return jnp.zeros((x.shape[0], count, *x.shape[2:]), x.dtype)
+
+
+def _from_before(over: tuple[str, ...], x: jax.Array, count: int) -> jax.Array:
+    """The last `count` values of the device before, zeros on the first."""
+    size = jax.lax.axis_size(over)
+    return jax.lax.ppermute(x[:, -count:], over, [(i, i + 1) for i in range(size - 1)])
+
+
+def _taps(x: jax.Array, segments_BT: jax.Array | None, count: int, before: Callable) -> list[jax.Array]:
+    """The values 1, 2, ... `count` tokens back, zeros where those are of another segment."""
+    T, same_BT, out = x.shape[1], True, []
+    window = jnp.concatenate([before(x, count), x], 1)
+    if segments_BT is not None:
+        segments_BS = jnp.concatenate([before(segments_BT, count), segments_BT], 1)
+    for j in range(1, count + 1):
+        back = window[:, count - j : count - j + T]
+        if segments_BT is not None:
+            # And, so that a tap never reaches over another segment to one of the same id (padding on both sides).
+            same_BT = same_BT & (segments_BS[:, count - j : count - j + T] == segments_BT)
+            back = jnp.where(_expand(same_BT, back), back, 0)
+        out.append(back)
+    return out
+
+
+def _check_reach(count: int, length: int, over: tuple[str, ...]) -> None:
+    if count > length:
+        raise ValueError(
+            f"ShortConv.width={count + 1} reaches over more than the {length} tokens that a device holds of a row: "
+            f"make the mesh axis {', '.join(over)} smaller or the rows longer"
+        )

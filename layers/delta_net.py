@@ -10,13 +10,13 @@ from flax import nnx
 
 from layers import axes, recurrence
 from layers.cache import real
-from layers.context import Context
+from layers.context import Context, CutsLength
 from layers.conv import ShortConv
 from layers.linear import Linear
 from layers.norm import RMSNorm
 
 
-class DeltaNet(nnx.Module):
+class DeltaNet(nnx.Module, CutsLength):
     """DeltaNet (Yang et al. 2024, arXiv 2406.06484):
 
         q, k, v = silu(conv(x W_q)), silu(conv(x W_k)), silu(conv(x W_v));   q, k of length 1;   beta = sigmoid(x W_b)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from layers import axes
 from layers.cache import real
-from layers.context import Context
+from layers.context import Context, CutsLength
 from layers.conv import ShortConv
 from layers.gated_norm import GatedRMSNorm
 from layers.linear import Linear
@@ -19,7 +19,7 @@ from layers.recurrence import recurrence
 HEAD_NORM = functools.partial(GatedRMSNorm, norm_before_gate=True, eps=1e-6)
 
 
-class GatedDeltaNet(nnx.Module):
+class GatedDeltaNet(nnx.Module, CutsLength):
     """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464), in the layout of Qwen3-Next:
 
         q, k, v = silu(conv(x W_q, x W_k, x W_v));   q = l2(q) / sqrt(N);   k = l2(k);   l2(a) = a / sqrt(|a|^2 + 1e-6)

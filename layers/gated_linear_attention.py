@@ -10,12 +10,12 @@ from flax import nnx
 
 from layers import axes, recurrence
 from layers.cache import real
-from layers.context import Context
+from layers.context import Context, CutsLength
 from layers.linear import Linear
 from layers.norm import RMSNorm
 
 
-class GatedLinearAttention(nnx.Module):
+class GatedLinearAttention(nnx.Module, CutsLength):
     """GLA (Yang et al. 2023, arXiv 2312.06635, section 4):
 
         log decay_t = log sigmoid(x_t W_1 W_2 + b) / temperature, a channel of the key

@@ -12,7 +12,7 @@ from flax import nnx
 
 from layers import axes, recurrence
 from layers.cache import real
-from layers.context import Context
+from layers.context import Context, CutsLength
 from layers.linear import Linear
 from layers.norm import RMSNorm
 
@@ -35,7 +35,7 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.concatenate([powers(below), powers(2 * below)[0::2][: heads - below]])
 
 
-class LightningAttention(nnx.Module):
+class LightningAttention(nnx.Module, CutsLength):
     """The gated linear attention of TransNormerLLM (arXiv 2307.14995, section 3.1), computed by blocks (Lightning
     Attention-2, arXiv 2401.04658):
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from layers import axes
 from layers.cache import real
-from layers.context import Context
+from layers.context import Context, CutsLength
 from layers.conv import ShortConv, uniform
 from layers.gated_norm import GatedRMSNorm
 from layers.linear import Linear
@@ -20,7 +20,7 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4  # of the initial time steps, log-uni
 DECAY_MAX = 16.0  # initial rates of decay -A are uniform in [1, 16)
 
 
-class Mamba2(nnx.Module):
+class Mamba2(nnx.Module, CutsLength):
     """Mamba-2 (Dao & Gu 2024, arXiv 2405.21060), a head a scalar decay:
 
         z, x, B, C, dt = u W_in;   x, B, C = silu(conv(x, B, C));   dt = softplus(dt + dt_bias);   A = -exp(A_log)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from layers import axes, recurrence
 from layers.cache import real
-from layers.context import Context
+from layers.context import Context, CutsLength
 from layers.linear import Linear
 from layers.norm import RMSNorm
 from layers.rope import RoPE, rotary
@@ -21,7 +21,7 @@ from layers.rope2d import RoPE2D
 HEAD_NORM = functools.partial(RMSNorm, gain="none")
 
 
-class Retention(nnx.Module):
+class Retention(nnx.Module, CutsLength):
     """Multi-scale retention (Sun et al. 2023, arXiv 2307.08621, section 2.3):
 
         q, k = rope(x W_q), rope(x W_k);   o_t = sum over s <= t of decay^(t - s) (q_t . k_s / sqrt(N)) v_s, a head
