@@ -1,0 +1,287 @@
+"""The small twin: how its variants are loaded, compiled and run."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import pathlib
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from layers import axes, kernels
+from layers.encoder_decoder import EncoderDecoder
+from layers.language_model import LanguageModel
+from maxlike import checkpoint_tree, config
+from maxlike.check import documents, watch
+from maxlike.check.compare import METRICS, Comparison, Record, by_depth, compare
+from maxlike.check.shrink import Bindings, Change, shrink
+from maxlike.convert.structure import Structure
+from maxlike.data.data import Batches
+from maxlike.errors import UserError
+from maxlike.experiment import Experiment
+from maxlike.program import Program
+from maxlike.sharding import Layout
+
+STEPS = 2  # updates a variant makes: the second one reads what the first one wrote
+RATE = 0.1
+NOISE = 0.05  # added to every parameter, so that none that begins at zero hides a mistake
+Lines = Sequence[str]  # gin bindings
+
+
+class LeftOut(Exception):
+    """A row that cannot be run on this experiment; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    name: what `--rows` selects it by. compared: what was compared. result: None where it was not run, then `note` says
+    why; else `note` is the first tensor that departs, or what was left out of the comparison. failed: whether the
+    promise of this row does not hold.
+    """
+
+    name: str
+    compared: str
+    result: Comparison | None
+    note: str
+    failed: bool
+    trace: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.result is None and not self.failed:
+            return "left out"
+        return "DEPARTS" if self.failed else "equal"
+
+
+class Recorder:
+    """The optimizer of the check: gradient descent that keeps the gradient in its state, where it can be compared."""
+
+    def schedule(self, clock: Any) -> Callable:
+        return lambda step: jnp.float32(RATE)
+
+    def __call__(self, names: Any, clock: Any) -> optax.GradientTransformation:
+        def init(params: Any) -> dict:
+            return {"gradient": jax.tree.map(jnp.zeros_like, params)}
+
+        def update(gradient: Any, state: dict, params: Any = None) -> tuple[Any, dict]:
+            return jax.tree.map(lambda g: -RATE * g, gradient), {"gradient": gradient}
+
+        return optax.GradientTransformation(init, update)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Variant:
+    """One way to compute what the twin computes: other bindings, another mesh, other implementations.
+
+    experiment: with the Recorder for an optimizer. layout: its mesh. choices: (op, implementation) of `kernels`.
+    """
+
+    experiment: Experiment
+    layout: Layout
+    choices: tuple[tuple[str, str], ...] = ()
+
+    def chosen(self) -> contextlib.ExitStack:
+        """Inside this context programs are traced with `choices`."""
+        stack = contextlib.ExitStack()
+        for op, implementation in self.choices:
+            stack.enter_context(kernels.choose(op, implementation))
+        return stack
+
+
+class Subject:
+    """The small twin of an experiment in `folder`, where its gin file, documents and checkpoints are.
+
+    rows: names of the rows to run, all of them where it is empty.
+    """
+
+    def __init__(self, experiment: Experiment, folder: pathlib.Path, rows: tuple[str, ...] = ()):
+        if experiment.config is None:
+            raise UserError(
+                "the check shrinks a gin file, and this experiment was built in Python: load it by config.load"
+            )
+        self.folder, self.rows = folder, rows
+        self._taken: dict[Variant, set[str]] = {}
+        bindings = Bindings(experiment.config.operative)
+        self.changes: list[Change] = shrink(bindings)
+        self.path = folder / "small.gin"
+        lines = [f"# The small twin of {experiment.config.name}, for --job check.", bindings.text]
+        self.path.write_text("\n".join([*lines, *(change.text for change in self.changes)]) + "\n")
+        self.bindings = Bindings(self.real().config.operative)
+
+    def wants(self, name: str) -> bool:
+        """Whether a row is to be run: `--rows mesh` runs every `mesh/...`, `--rows mesh/fsdp` that one."""
+        return not self.rows or any(name == wanted or name.startswith(f"{wanted}/") for wanted in self.rows)
+
+    def wants_some(self, group: str) -> bool:
+        """Whether a row of a group may be wanted."""
+        return not self.rows or any(wanted.split("/")[0] == group for wanted in self.rows)
+
+    def real(self, lines: Lines = (), overlays: Sequence[str] = ()) -> Experiment:
+        """The twin with its own optimizer, on made-up documents, with further bindings and overlays."""
+        try:
+            experiment = config.load(str(self.path), overlays=overlays, bindings=lines)
+        except UserError as error:
+            if lines or overlays:
+                raise
+            raise UserError(
+                f"the small twin of this experiment is refused ({error}): mend {self.path} and check that file instead"
+            ) from error
+        network = experiment.bare()
+        if not isinstance(network, LanguageModel | EncoderDecoder):
+            return experiment
+        data = self._documents(network.vocab, experiment.batch_size, experiment.sequence_length)
+        return dataclasses.replace(experiment, data=data)
+
+    def variant(
+        self, lines: Lines = (), overlays: Sequence[str] = ("mesh/single",), choices: Sequence[tuple[str, str]] = ()
+    ) -> Variant:
+        """A variant with the Recorder and without clipping, which would hide a gradient's scale."""
+        experiment = self.real(lines, overlays)
+        step = copy.copy(experiment.step)
+        step.clip_norm = None
+        experiment = dataclasses.replace(experiment, optimizer=Recorder(), step=step)
+        return Variant(experiment, experiment.mesh.open(), tuple(choices))
+
+    @functools.cached_property
+    def base(self) -> Variant:
+        """The twin on one device, scanned."""
+        return self.variant(choices=[("layers", "scan")])
+
+    @functools.cached_property
+    def network(self) -> Any:
+        """The twin's structure, shapes in place of numbers."""
+        return self.base.experiment.bare()
+
+    @functools.cached_property
+    def structure(self) -> Structure:
+        return Structure(self.network)
+
+    @functools.cached_property
+    def start(self) -> dict:
+        """The state of step 0 on the host, every parameter a little away from its initial value."""
+        state = jax.device_get(Program.of(self.base.experiment, self.base.layout).init())
+        random = np.random.default_rng(2)
+        noisy = jax.tree.map(lambda p: p + NOISE * random.standard_normal(p.shape).astype(p.dtype), state["params"])
+        return state | {"params": noisy} | ({"ema": noisy} if "ema" in state else {})
+
+    @functools.cached_property
+    def batches(self) -> list[dict[str, np.ndarray]]:
+        """The first batches of the documents."""
+        batches = self.train_batches(self.base.experiment)
+        return [batches.batch(step) for step in range(STEPS)]
+
+    @functools.cached_property
+    def record(self) -> Record:
+        """What the base computes."""
+        return self.run(self.base)
+
+    def train_batches(self, experiment: Experiment) -> Batches:
+        return experiment.data.train(
+            sequence_length=experiment.sequence_length, batch_size=experiment.batch_size, seed=experiment.seed
+        )
+
+    def lower(self, variant: Variant, batch: dict[str, np.ndarray]) -> tuple[Program, jax.stages.Lowered]:
+        """The step of a variant, traced. Raises LeftOut with the sentence of a layer or a mesh that refuses it."""
+        kernels.forget()
+        try:
+            with variant.chosen():
+                program = Program.of(variant.experiment, variant.layout)
+                lowered = program.lower_step(batch)
+        except ValueError as error:
+            if not refused_by_us(error):
+                raise
+            raise LeftOut(f"refused: {error}") from error
+        self._taken[variant] = {op for op, _, _ in kernels.report()}
+        return program, lowered
+
+    def taken(self, variant: Variant) -> set[str]:
+        """The operations that the variant's step picked an implementation for."""
+        if variant not in self._taken:
+            self.lower(variant, self.batches[0])
+        return self._taken[variant]
+
+    def run(self, variant: Variant, batches: Sequence[dict[str, np.ndarray]] | None = None) -> Record:
+        """Metrics, gradients and buffers of each step, and the parameters at the end, from `start`."""
+        batches = self.batches if batches is None else batches
+        program, lowered = self.lower(variant, batches[0])
+        compiled = lowered.compile()
+        state = jax.device_put(self.start, program.shardings)
+        allow = jax.device_put(np.bool_(True), variant.layout.replicated)
+        structure, record = Structure(variant.experiment.bare()), {}
+        for number, batch in enumerate(batches, 1):
+            state, metrics = compiled(state, program.put(batch), allow)
+            record[f"{METRICS} of step {number}"] = {name: np.asarray(value) for name, value in metrics.items()}
+            record[f"gradients of step {number}"] = by_depth(state["opt"]["gradient"], structure)
+            record[f"buffers after step {number}"] = by_depth(state["buffers"], structure, buffers=True)
+        return record | {"parameters at the end": by_depth(state["params"], structure)}
+
+    def forward(self, variant: Variant, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What every layer gives for a batch, in order of depth; empty for a network without stacks."""
+        program = Program.of(variant.experiment, variant.layout)
+
+        def run(params: dict, buffers: dict, batch: dict) -> dict[str, jax.Array]:
+            with axes.place_with(variant.layout):
+                return watch.outputs(program.model.merge(params, buffers), batch)
+
+        with variant.chosen():
+            compiled = jax.jit(run).lower(
+                program.state["params"], program.state["buffers"], program.abstract_batch(batch)
+            )
+        placed = jax.device_put(self.start, program.shardings)
+        return jax.device_get(compiled.compile()(placed["params"], placed["buffers"], program.put(batch)))
+
+    def against(self, one: Variant, other: Variant, tolerance: float) -> Comparison:
+        """Compares two variants over the batches. Where they depart, the forward passes are looked at layer by layer,
+        for a gradient or a metric departs at once whichever layer is at fault."""
+        trusted = self.record if other is self.base else self.run(other)
+        result = compare(self.run(one), trusted, tolerance)
+        return self.located(result, one, other) if result.first is not None else result
+
+    def located(self, result: Comparison, one: Variant, other: Variant) -> Comparison:
+        """A comparison that departs, with the first layer whose output does."""
+        batch = self.batches[0]
+        layers = compare({"output": self.forward(one, batch)}, {"output": self.forward(other, batch)}, result.tolerance)
+        return result if layers.first is None else dataclasses.replace(result, first=layers.first)
+
+    def row(self, name: str, compared: str, judge: Callable[[], Comparison], remark: str = "") -> Row:
+        """Runs one row. Whatever it raises is an answer too: the table goes on."""
+        try:
+            result = judge()
+        except LeftOut as why:
+            return Row(name, compared, None, str(why), failed=False)
+        except Exception as error:
+            sentence = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            return Row(name, compared, None, sentence, failed=True, trace=traceback.format_exc())
+        failed = result.first is not None
+        return Row(name, compared, result, result.first if failed else remark, failed)
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, jax.Array]:
+        """{path: array} of the parameters and buffers of `start`, on the default device."""
+        flat = checkpoint_tree.flatten(self.start["params"]) | checkpoint_tree.flatten(self.start["buffers"])
+        return {path: jnp.asarray(leaf) for path, leaf in flat.items()}
+
+    @functools.cache  # noqa: B019  (one subject a job)
+    def _documents(self, vocab: int, batch_size: int, length: int) -> Any:
+        return documents.data(self.folder, vocab=vocab, batch_size=batch_size, length=length)
+
+
+def refused_by_us(error: BaseException) -> bool:
+    """Whether an exception was raised by a sentence of ours, not by jax or numpy beneath us."""
+    frames = traceback.walk_tb(error.__traceback__)
+    module = [frame.f_globals.get("__name__", "") for frame, _ in frames][-1]
+    return module.split(".")[0] in ("layers", "maxlike")
+
+
+def parts(network: Any, kind: type) -> list[Any]:
+    """The modules of a kind in a network, outermost first, without those inside another."""
+    found = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, kind))
+    return [part for part in found if isinstance(part, kind)]

@@ -1,0 +1,211 @@
+"""Rows about training: one way to compute losses and gradients against another."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from layers import kernels
+from layers.context import ReadsFuture
+from layers.dispatch import Capacity
+from layers.mixture_of_depths import MixtureOfDepths
+from layers.moe import MoE
+from maxlike import catalog
+from maxlike.check import documents
+from maxlike.check.compare import METRICS, Comparison, Record, compare
+from maxlike.check.subject import LeftOut, Row, Subject, Variant, parts
+from maxlike.errors import UserError
+from maxlike.objectives.masked_tokens import MaskedTokens
+from maxlike.objectives.next_token import NextToken
+
+EXACT = 1e-5  # of a tensor's magnitude, float32: the same sums in another order
+SCANNED = (("layers", "scan"),)
+# The implementation of each operation that is closest to its formula.
+PLAINEST = {
+    "attention": "xla",
+    "recurrence": "scan",
+    "grouped_matmul": "ragged_dot",
+    "dual_chunk": "whole",
+    "context_attention": "gather",
+}
+ELSEWHERE = ("layers", "cached_attention")  # the rows `scan` and `decode`
+NEEDS = {"cudnn": "a GPU"}
+NOT_MESHES = ("mesh/rules", "mesh/single")
+WHOLE_BATCH = ("loss", "bits_per_byte", "grad_norm")  # metrics that are sums over tokens, however these are grouped
+
+
+def mesh_names() -> list[str]:
+    """The overlays that are meshes of several devices."""
+    return [name for name in catalog.names("overlay") if name.startswith("mesh/") and name not in NOT_MESHES]
+
+
+def on_mesh(subject: Subject, name: str) -> Variant:
+    """The twin on a mesh overlay. Raises LeftOut where the mesh does not take it."""
+    try:
+        variant = subject.variant(overlays=[name], choices=SCANNED)
+    except UserError as refusal:
+        raise LeftOut(f"refused: {refusal}") from refusal
+    if variant.layout.mesh.size == 1:
+        raise LeftOut("this overlay is one device")
+    return variant
+
+
+def meshes(subject: Subject) -> Iterator[Row]:
+    """Each mesh against one device; where a mesh brings an operation of its own, its implementations on that mesh."""
+    for name in filter(subject.wants, mesh_names()):
+        fresh: dict[str, Variant] = {}
+
+        def judge(name: str = name, fresh: dict[str, Variant] = fresh) -> Comparison:
+            variant = on_mesh(subject, name)
+            known = _ops(subject, subject.base)
+            for op in _ops(subject, variant) - known:
+                fresh[op] = variant
+            return subject.against(variant, subject.base, EXACT)
+
+        yield subject.row(name, f"loss, gradients on {name} against one device", judge)
+        for op, variant in fresh.items():
+            for implementation in _others(op):
+                yield _implementation(subject, variant, op, implementation, f" on {name}")
+
+
+def implementations(subject: Subject) -> Iterator[Row]:
+    """Each implementation of each operation that the twin uses against the plainest one."""
+    try:
+        used = _ops(subject, subject.base)
+    except LeftOut as why:
+        yield Row("kernels", "implementations", None, str(why), failed=False)
+        return
+    for op in sorted(used):
+        for implementation in _others(op):
+            if subject.wants(f"kernels/{op}={implementation}"):
+                yield _implementation(subject, subject.base, op, implementation, "")
+    if not used:
+        yield Row("kernels", "implementations", None, "no operation of it has a choice of them", failed=False)
+
+
+def _ops(subject: Subject, variant: Variant) -> set[str]:
+    """The operations of the variant's step that have a choice of implementations."""
+    return {op for op in subject.taken(variant) if len(kernels.IMPLEMENTATIONS.get(op, ())) > 1} - {*ELSEWHERE}
+
+
+def _others(op: str) -> list[str]:
+    return [name for name in kernels.IMPLEMENTATIONS[op] if name != PLAINEST.get(op, kernels.IMPLEMENTATIONS[op][0])]
+
+
+def _implementation(subject: Subject, variant: Variant, op: str, implementation: str, where: str) -> Row:
+    plain = PLAINEST.get(op, kernels.IMPLEMENTATIONS[op][0])
+
+    def with_choice(name: str) -> Variant:
+        return Variant(variant.experiment, variant.layout, (*variant.choices, (op, name)))
+
+    def judge() -> Comparison:
+        if implementation in NEEDS:
+            raise LeftOut(f"needs {NEEDS[implementation]}")
+        return subject.against(with_choice(implementation), with_choice(plain), EXACT)
+
+    return subject.row(f"kernels/{op}={implementation}", f"against {plain}{where}", judge)
+
+
+def scan(subject: Subject) -> Iterator[Row]:
+    """The stack as a loop over its periods against every layer written out."""
+
+    def judge() -> Comparison:
+        unrolled = Variant(subject.base.experiment, subject.base.layout, (("layers", "unrolled"),))
+        if "layers" not in subject.taken(subject.base):
+            raise LeftOut("the network has no Stack")
+        return subject.against(subject.base, unrolled, EXACT)
+
+    yield subject.row("scan", "scanned layers against unrolled ones", judge)
+
+
+def remat(subject: Subject) -> Iterator[Row]:
+    """Each rematerialisation against keeping everything."""
+    present = dict.fromkeys(["full", *subject.bindings.values("remat", "Stack")])
+    for policy in [policy for policy in present if policy != "none"]:
+        name = f"remat/{policy}"
+
+        def judge(policy: str = policy) -> Comparison:
+            if not subject.bindings.values("remat", "Stack"):
+                raise LeftOut("the network has no Stack")
+            one, other = (
+                subject.variant(subject.bindings.override("Stack", "remat", value), choices=SCANNED)
+                for value in (policy, "none")
+            )
+            return subject.against(one, other, EXACT)
+
+        if subject.wants(name):
+            yield subject.row(name, f"Stack.remat={policy!r} against 'none'", judge)
+
+
+def accumulation(subject: Subject) -> Iterator[Row]:
+    """Two micro-batches against one batch."""
+    lines, remark = _by_token_alone(subject)
+    lines += subject.bindings.override("ModalityMoE", "routing_scope", "sequence")
+
+    def judge() -> Comparison:
+        if isinstance(subject.base.experiment.objective, MaskedTokens):
+            raise LeftOut("MaskedTokens draws its masks anew for every micro-batch")
+        one = subject.variant([*lines, *subject.bindings.override("Step", "micro_batches", 2)], choices=SCANNED)
+        other = subject.variant(lines, choices=SCANNED)
+        result = compare(_totals(subject.run(one)), _totals(subject.run(other)), EXACT)
+        return result if result.first is None else subject.located(result, one, other)
+
+    yield subject.row("accumulation", "2 micro-batches against one batch", judge, remark)
+
+
+def packed(subject: Subject) -> Iterator[Row]:
+    """Documents packed into rows against each in a row of its own."""
+    lines, remark = _by_token_alone(subject)
+
+    def judge() -> Comparison:
+        experiment, network = subject.base.experiment, subject.network
+        if "segment_ids" not in subject.batches[0]:
+            raise LeftOut("its rows are no packed documents")
+        if parts(network, ReadsFuture) or parts(network, MixtureOfDepths):
+            raise LeftOut("its layers choose among the tokens of a row, so they see what a row is packed of")
+        if any(isinstance(part.dispatch, Capacity) for part in parts(network, MoE)):
+            raise LeftOut("dispatch.Capacity drops choices by the row")
+        variant = subject.variant(lines, choices=SCANNED)
+        together, alone, places = documents.packed_and_separate(
+            vocab=network.vocab, rows=experiment.batch_size, length=experiment.sequence_length
+        )
+
+        def layers() -> Comparison:
+            return compare(*_hidden(subject, variant, together, alone, places), EXACT)
+
+        if not isinstance(experiment.objective, NextToken):  # another objective draws noise by the place in a batch
+            return layers()
+        losses = compare(_totals(subject.run(variant, [together])), _totals(subject.run(variant, [alone])), EXACT)
+        located = losses if losses.first is None else layers()
+        return losses if located.first is None else located
+
+    yield subject.row("packed", "packed documents against separate ones", judge, remark)
+
+
+def _hidden(
+    subject: Subject, variant: Variant, together: dict, alone: dict, places: np.ndarray
+) -> tuple[Record, Record]:
+    """What the layers give for the real tokens of packed rows, and for the same tokens in rows of their own."""
+    real_BT = together["segment_ids"] > 0
+    row, position = np.moveaxis(places[real_BT], -1, 0)
+    packed_outputs, alone_outputs = subject.forward(variant, together), subject.forward(variant, alone)
+    return (
+        {"output": {name: x[real_BT] for name, x in packed_outputs.items()}},
+        {"output": {name: x[row, position] for name, x in alone_outputs.items()}},
+    )
+
+
+def _by_token_alone(subject: Subject) -> tuple[list[str], str]:
+    """(bindings, remark): without what depends on how tokens are grouped into rows and micro-batches, which is no sum
+    over tokens: losses of routers, and noise."""
+    lines = subject.bindings.override("MoE", "losses", ())
+    remark = "without the losses of its routers, which are no sum over tokens" if lines else ""
+    lines += subject.bindings.override("TopK", "jitter", 0.0)
+    return lines + subject.bindings.override("ModalityMoE", "router_noise", "none"), remark
+
+
+def _totals(record: Record) -> Record:
+    """A record without the metrics that depend on how tokens are grouped."""
+    return {
+        section: {n: x for n, x in values.items() if n in WHOLE_BATCH} if section.startswith(METRICS) else values
+        for section, values in record.items()
+    }
