@@ -38,8 +38,8 @@ PARAMETER_AXES = {
 ACTIVATION_AXES = {
     "batch": "examples (B)",
     "length": "positions (T)",
-    "residual_length": "positions of the residual stream between the branches of blocks (T): as `length`, and also over "
-    "the devices that share a branch's heads or width, which each need the whole length only inside the branch",
+    "residual_length": "positions of the residual stream (T): between branches also spread over the devices that share "
+    "a branch's heads or width, which need all positions only inside the branch",
     "act_embed": "model width of an activation (D)",
     "act_heads": "heads of an activation (H or G)",
     "act_mlp": "feed-forward width of an activation (F)",
@@ -216,6 +216,18 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
         return ()
     _, taken = _open_mesh(placement)
     return tuple(name for name in placement.mesh_axes(axis) if name not in taken)
+
+
+def shards(axis: str) -> int:
+    """Over how many devices a logical axis is spread and still whole here, see `mesh_axes`."""
+    placement = _placement.get()
+    return 1 if placement is None else math.prod(placement.mesh.shape[name] for name in mesh_axes(axis))
+
+
+def mesh_size(names: tuple[str, ...]) -> int:
+    """How many devices lie along these mesh axes, 1 for ()."""
+    placement = _placement.get()
+    return 1 if placement is None else math.prod(placement.mesh.shape[name] for name in names)
 
 
 def shard_map(function: Callable, *, over: tuple[str, ...], inputs: Any, outputs: Any, check: bool = True) -> Callable:

@@ -4,6 +4,10 @@ The gradient of the loss with respect to the logits is known as soon as the logi
 forward pass of a differentiated call takes one chunk of positions at a time, makes its logits, and turns them at once
 into the gradients of the hidden states and of the head; the backward pass only scales those. Nothing is recomputed (a
 checkpointed scan would multiply by the head twice), and one chunk of logits is all that is ever alive.
+
+On a mesh every device takes the chunks of its own rows and positions, and the gradient of the head is summed over
+devices once, behind the last chunk: left to the compiler it is summed at every chunk. A vocabulary that is spread over
+devices stays so: they exchange the largest logit, the normaliser and the target's logit of each position, no logits.
 """
 
 import dataclasses
@@ -35,10 +39,13 @@ class Sums:
     nats_M: jax.Array
 
 
+_SUMS = Sums((), (), (), (None,))  # the logical axes of each
+
+
 def chunk_length(rows: int, length: int, vocab: int) -> int:
-    """Positions per chunk of a [rows, length] batch: CHUNK_BYTES of logits a device, at most length / FEWEST_CHUNKS."""
-    budget = CHUNK_BYTES[kernels.platform()] * axes.devices()
-    return max(1, min(budget // (4 * rows * vocab), -(-length // FEWEST_CHUNKS)))
+    """Positions per chunk of the [rows, length] batch of one device, which makes `vocab` logits of each: CHUNK_BYTES of
+    logits, at most length / FEWEST_CHUNKS."""
+    return max(1, min(CHUNK_BYTES[kernels.platform()] // (4 * rows * vocab), -(-length // FEWEST_CHUNKS)))
 
 
 def cross_entropy(
@@ -58,29 +65,32 @@ def cross_entropy(
     chunk: positions per chunk, for all rows at once; None: by memory. parts_BTM: membership of each target in M parts
     (0 or 1) that are to be summed by themselves; None: no parts.
     """
-    B, T, _ = hidden_BTD.shape
+    hidden_BTD = axes.constrain(hidden_BTD, "batch", "length", "act_embed")
+    over = tuple(dict.fromkeys(axes.mesh_axes("batch") + axes.mesh_axes("length")))
+    cut = axes.shards("length")
+    rows, length = hidden_BTD.shape[0] // axes.shards("batch"), hidden_BTD.shape[1] // cut  # on a device
     if chunk is None:
-        vocab = jax.eval_shape(logits, jax.ShapeDtypeStruct((B, 1, hidden_BTD.shape[2]), hidden_BTD.dtype)).shape[-1]
-        chunk = chunk_length(B, T, vocab)
-    chunks = -(-T // min(chunk, T))
-    pad = -T % chunks
-    kernels.take(
-        "cross_entropy", "chunked", f"{chunks} x {(T + pad) // chunks} positions, gradient made in the forward pass"
-    )
-    cut = functools.partial(_cut, chunks=chunks, pad=pad)
-    hidden, targets, weights = cut(hidden_BTD), cut(targets_BT), cut(weights_BT.astype(jnp.float32))
-    parts = cut(jnp.zeros((B, T, 0), jnp.float32) if parts_BTM is None else parts_BTM.astype(jnp.float32))
-    # Arrays that `logits` closes over (the head, a tied table) become arguments, so that they get gradients.
-    function, closed_over = jax.closure_convert(logits, hidden[0])
-    total, sums = _summed(function, z_loss, hidden, targets, weights, parts, closed_over)
+        with axes.place_with(None):
+            vocab = jax.eval_shape(logits, hidden_BTD).shape[-1]
+        chunk = cut * chunk_length(rows, length, vocab // axes.shards("act_vocab"))
+    chunks = -(-length // max(1, min(chunk // cut, length)))
+    size = -(-length // chunks)
+    kernels.take("cross_entropy", "chunked", f"{chunks} x {cut * size} positions, gradient made in the forward pass")
+    parts_BTM = jnp.zeros((*targets_BT.shape, 0)) if parts_BTM is None else parts_BTM
+    batch = (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32), parts_BTM.astype(jnp.float32))
+    # Arrays that `logits` closes over (the head, a tied table) become arguments, so that they get gradients. It is
+    # traced for one chunk of one device, and placed when that runs.
+    with axes.place_with(None):
+        function, closed_over = jax.closure_convert(logits, hidden_BTD[:rows, :size])
+    total, sums = _summed(function, z_loss, chunks, over, batch, closed_over)
     return total, jax.lax.stop_gradient(sums)
 
 
-def _cut(x: jax.Array, *, chunks: int, pad: int) -> jax.Array:
-    """[B, T, ...] -> [chunks, B, T / chunks, ...]. A chunk takes every chunks-th position, not neighbours: where the
-    length is spread over devices each of them then holds its share of every chunk."""
-    x = jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // chunks, chunks, *x.shape[2:]), 2, 0)
+def _cut(x: jax.Array, chunks: int) -> jax.Array:
+    """[B, T, ...] -> [chunks, B, T / chunks, ...], zeros behind the end."""
+    size = -(-x.shape[1] // chunks)
+    x = jnp.pad(x, ((0, 0), (0, chunks * size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
+    return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
 
 
 def _chunk(logits, targets, weights, parts):
@@ -105,48 +115,72 @@ def _total(sums: Sums, z_loss: float) -> jax.Array:
     return sums.nats + z_loss * sums.squared_log_z
 
 
-def _zero(parts) -> Sums:
-    return Sums(*(jnp.zeros((), jnp.float32) for _ in range(3)), jnp.zeros(parts.shape[-1], jnp.float32))
+def _no_sums(hidden: jax.Array, parts: jax.Array) -> Sums:
+    return Sums(*(axes.zeros(shape, jnp.float32, like=hidden) for shape in ((), (), (), parts.shape[-1:])))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(function, z_loss, hidden, targets, weights, parts, closed_over):
-    def body(sums, xs):
-        h, *rest = xs
-        return jax.tree.map(jnp.add, sums, _chunk(function(h, *closed_over), *rest)[0]), None
+def _everywhere(local: Callable, over: tuple[str, ...], batch: tuple, closed_over: list, outputs: tuple) -> tuple:
+    """local(batch, closed_over), on the devices of the mesh axes `over` each on its rows and positions."""
+    if not over:
+        return local(batch, closed_over)
+    inputs = (tuple(("batch", "length", None)[: x.ndim] for x in batch), [(None,) * x.ndim for x in closed_over])
+    return axes.shard_map(local, over=over, inputs=inputs, outputs=outputs)(batch, closed_over)
 
-    sums, _ = jax.lax.scan(body, _zero(parts), (hidden, targets, weights, parts))
+
+def _of_chunk(function: Callable, hidden: jax.Array, *closed_over: jax.Array) -> jax.Array:
+    return axes.constrain(function(hidden, *closed_over), "batch", "length", "act_vocab")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _summed(function, z_loss, chunks, over, batch, closed_over):
+    def local(batch, closed_over):
+        def body(sums, xs):
+            h, *rest = xs
+            return jax.tree.map(jnp.add, sums, _chunk(_of_chunk(function, h, *closed_over), *rest)[0]), None
+
+        start = _no_sums(batch[0], batch[3])
+        return jax.lax.psum(jax.lax.scan(body, start, [_cut(x, chunks) for x in batch])[0], over)
+
+    sums = _everywhere(local, over, batch, closed_over, _SUMS)
     return _total(sums, z_loss), sums
 
 
-def _forward(function, z_loss, hidden, targets, weights, parts, closed_over):
-    def body(carry, xs):
-        sums, head_gradients = carry
-        h, t, w, p = xs
-        logits, pull = jax.vjp(function, h, *closed_over)
-        here, exponentials, normaliser, log_z = _chunk(logits, t, w, p)
-        factor = w * (1.0 + 2.0 * z_loss * log_z) / normaliser
-        hit = jnp.arange(logits.shape[-1]) == t[..., None]
-        h_gradient, *gradients = pull(exponentials * factor[..., None] - jnp.where(hit, w[..., None], 0.0))
-        head_gradients = [total + g.astype(total.dtype) for total, g in zip(head_gradients, gradients, strict=True)]
-        return (jax.tree.map(jnp.add, sums, here), head_gradients), h_gradient
+def _forward(function, z_loss, chunks, over, batch, closed_over):
+    def local(batch, closed_over):
+        if over:  # else each chunk would sum its gradients over the devices
+            closed_over = [jax.lax.pcast(x, over, to="varying") for x in closed_over]
 
-    # summed over chunks in float32, whatever dtype the head computes in
-    zeros = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in closed_over]
-    start = (_zero(parts), zeros)
-    (sums, head_gradients), hidden_gradient = jax.lax.scan(body, start, (hidden, targets, weights, parts))
+        def body(carry, xs):
+            sums, head_gradients = carry
+            h, t, w, p = xs
+            logits, pull = jax.vjp(functools.partial(_of_chunk, function), h, *closed_over)
+            here, exponentials, normaliser, log_z = _chunk(logits, t, w, p)
+            factor = w * (1.0 + 2.0 * z_loss * log_z) / normaliser
+            hit = jnp.arange(logits.shape[-1]) == t[..., None]
+            h_gradient, *gradients = pull(exponentials * factor[..., None] - jnp.where(hit, w[..., None], 0.0))
+            head_gradients = [total + g.astype(total.dtype) for total, g in zip(head_gradients, gradients, strict=True)]
+            return (jax.tree.map(jnp.add, sums, here), head_gradients), h_gradient
+
+        # summed over chunks and devices in float32, whatever dtype the head computes in
+        start = (_no_sums(batch[0], batch[3]), [axes.zeros(x.shape, jnp.float32, like=x) for x in closed_over])
+        sums, hidden_gradient = jax.lax.scan(body, start, [_cut(x, chunks) for x in batch])
+        hidden_gradient = jnp.moveaxis(hidden_gradient, 0, 1).reshape(batch[0].shape[0], -1, batch[0].shape[2])
+        return *jax.lax.psum(sums, over), hidden_gradient[:, : batch[0].shape[1]]
+
+    outputs = (_SUMS, [(None,) * x.ndim for x in closed_over], ("batch", "length", None))
+    sums, head_gradients, hidden_gradient = _everywhere(local, over, batch, closed_over, outputs)
     head_gradients = [g.astype(x.dtype) for g, x in zip(head_gradients, closed_over, strict=True)]
     return (_total(sums, z_loss), sums), (hidden_gradient, head_gradients)
 
 
-def _backward(function, z_loss, gradients, cotangents):
+def _backward(function, z_loss, chunks, over, gradients, cotangents):
     slope, _ = cotangents  # the sums are handed out under stop_gradient
     hidden_gradient, head_gradients = gradients
 
     def scaled(g):
         return g * slope.astype(g.dtype)
 
-    return scaled(hidden_gradient), None, None, None, [scaled(g) for g in head_gradients]
+    return (scaled(hidden_gradient), None, None, None), [scaled(g) for g in head_gradients]
 
 
 _summed.defvjp(_forward, _backward)
