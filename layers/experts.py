@@ -10,6 +10,9 @@ from layers import axes
 from layers.grouped_matmul import in_groups
 from layers.mlp import ACTIVATIONS
 
+AXES = {"gate": ("experts", "embed", "mlp"), "up": ("experts", "embed", "mlp"), "down": ("experts", "mlp", "embed")}
+Weights = dict[str, jax.Array]
+
 
 class Experts(nnx.Module):
     """y = (activation(x W_gate[e]) * x W_up[e]) W_down[e] for the rows x that were sent to expert e.
@@ -39,25 +42,31 @@ class Experts(nnx.Module):
             raise ValueError(f"Experts.std={std} must be positive, or None for 1/sqrt(fan in)")
         self.count, self.dim, self.width, self.activation = count, dim, width, activation
         into = axes.normal(dim**-0.5 if std is None else std)
-        self.gate = axes.param(rngs, (count, dim, width), ("experts", "embed", "mlp"), into)
-        self.up = axes.param(rngs, (count, dim, width), ("experts", "embed", "mlp"), into)
+        self.gate = axes.param(rngs, (count, dim, width), AXES["gate"], into)
+        self.up = axes.param(rngs, (count, dim, width), AXES["up"], into)
         out = axes.normal(width**-0.5 if std is None else std)
-        self.down = axes.param(rngs, (count, width, dim), ("experts", "mlp", "embed"), out)
+        self.down = axes.param(rngs, (count, width, dim), AXES["down"], out)
 
-    def _network(self, product, x):
-        gate, up, down = self.gate[...], self.up[...], self.down[...]
-        return product(ACTIVATIONS[self.activation](product(x, gate)) * product(x, up), down)
+    @property
+    def weights(self) -> Weights:
+        """Of all experts: gate and up [E, D, F], down [E, F, D]."""
+        return {"gate": self.gate[...], "up": self.up[...], "down": self.down[...]}
 
-    def __call__(self, x_ECD: jax.Array) -> jax.Array:
-        """C rows for each expert: [E, C, D] -> [E, C, D]."""
-        return self._network(jnp.matmul, x_ECD)
+    def _network(self, product, x, weights):
+        hidden = ACTIVATIONS[self.activation](product(x, weights["gate"])) * product(x, weights["up"])
+        return product(hidden, weights["down"])
 
-    def grouped(self, x_MD: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        """Rows sorted by expert, sizes_E (int32) of them for each: [M, D] -> [M, D].
+    def __call__(self, x_ECD: jax.Array, weights: Weights | None = None) -> jax.Array:
+        """C rows for each expert: [E, C, D] -> [E, C, D]. weights: those of the experts that are here, None for all."""
+        return self._network(jnp.matmul, x_ECD, self.weights if weights is None else weights)
+
+    def grouped(self, x_MD: jax.Array, sizes_E: jax.Array, weights: Weights | None = None) -> jax.Array:
+        """Rows sorted by expert, sizes_E (int32) of them for each: [M, D] -> [M, D]. weights: as above.
 
         Nothing is dropped and nothing is padded to the largest group. Rows past the sum of sizes_E come back as zeros.
         """
-        return in_groups(x_MD, sizes_E, self._network)
+        weights = self.weights if weights is None else weights
+        return in_groups(x_MD, sizes_E, lambda product, x: self._network(product, x, weights))
 
     @property
     def flops_per_row(self) -> float:

@@ -129,6 +129,11 @@ def _group_of(index_N, ends_E):
     return jnp.minimum(group_N, ends_E.shape[0] - 1)
 
 
+def _zeros(shape, dtype, like):
+    """Zeros that inside a shard_map vary over the mesh axes that `like` varies over, as the carry of a loop must."""
+    return jax.lax.full_like(like, 0, dtype, shape)
+
+
 @jax.custom_vjp
 def _blocked(x_NBI, w_EIO, group_N, used):
     """Each of the first `used` blocks times the weight of its group, the rest zero."""
@@ -136,7 +141,7 @@ def _blocked(x_NBI, w_EIO, group_N, used):
     def body(n, y_NBO):
         return y_NBO.at[n].set(x_NBI[n] @ w_EIO[group_N[n]])
 
-    return jax.lax.fori_loop(0, used, body, jnp.zeros((*x_NBI.shape[:2], w_EIO.shape[2]), x_NBI.dtype))
+    return jax.lax.fori_loop(0, used, body, _zeros((*x_NBI.shape[:2], w_EIO.shape[2]), x_NBI.dtype, x_NBI))
 
 
 def _blocked_forward(x_NBI, w_EIO, group_N, used):
@@ -155,7 +160,7 @@ def _blocked_backward(residuals, g_NBO):
         dw_IO = jax.lax.dot_general(x_NBI[n], g_BO, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         return dx_NBI.at[n].set(dx_BI), dw_EIO.at[e].add(dw_IO)
 
-    start = (jnp.zeros_like(x_NBI), jnp.zeros(w_EIO.shape, jnp.float32))
+    start = (jnp.zeros_like(x_NBI), _zeros(w_EIO.shape, jnp.float32, w_EIO))
     dx_NBI, dw_EIO = jax.lax.fori_loop(0, used, body, start)
     return dx_NBI, dw_EIO.astype(w_EIO.dtype), None, None
 
