@@ -1,7 +1,9 @@
 """The compiled functions of an experiment on a mesh: initialise, step, evaluate."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from layers import axes
+from layers import axes, kernels
 from maxlike.data.loader import FiniteBatches
 from maxlike.experiment import Experiment
 from maxlike.metrics import Mean
 from maxlike.model import AbstractModel, split
+from maxlike.row_order import RowOrder
 from maxlike.sharding import Layout, state_shardings
 
 
@@ -32,6 +35,7 @@ class Program:
         program = cls(experiment, layout, experiment.abstract_model(), None)
         state = jax.eval_shape(program._make_state, jnp.zeros((), jnp.uint32))
         placed = state_shardings(state, program.model.params, program.model.axes, layout)
+        placed["opt"] = experiment.step.moments.place(placed["opt"], state["opt"])
         program.state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, placed
         )
@@ -40,6 +44,20 @@ class Program:
     @functools.cached_property
     def optimizer(self):
         return self.experiment.optimizer(self.model.axes, self.experiment.clock)
+
+    @functools.cached_property
+    def row_order(self) -> RowOrder:
+        """The order of the tokens of a row on the devices."""
+        return RowOrder(self.experiment.bare(), self.layout)
+
+    @contextlib.contextmanager
+    def _placed(self) -> Iterator[None]:
+        """What the program is traced in."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(axes.place_with(self.layout))
+            if self.layout.keys is not None:
+                stack.enter_context(kernels.choose("context_attention", self.layout.keys))
+            yield
 
     @property
     def shardings(self) -> Any:
@@ -61,7 +79,7 @@ class Program:
 
         def step(state: dict, batch: dict, allow: jax.Array) -> tuple[dict, dict]:
             updates = state["step"] - state["guard"]["skipped"]
-            with axes.place_with(self.layout):
+            with self._placed():
                 state, metrics = experiment.step.update(
                     state,
                     batch,
@@ -79,12 +97,13 @@ class Program:
     def abstract_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of a whole batch."""
         return {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.layout.batch(x.shape))
-            for name, x in batch.items()
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.batch(shape))
+            for name, (shape, dtype) in self.row_order.shapes(batch).items()
         }
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows of a batch onto its devices."""
+        """This process's rows of a batch onto its devices, in the order of `row_order`."""
+        batch = self.row_order.of_batch(batch)
         shapes = {name: (x.shape[0] * jax.process_count(), *x.shape[1:]) for name, x in batch.items()}
         shardings = {name: self.layout.batch(shape) for name, shape in shapes.items()}
         if jax.process_count() == 1:  # one call for all fields
@@ -112,7 +131,7 @@ class Program:
         step, objective = self.experiment.step, self.experiment.objective
 
         def evaluate(params: dict, buffers: dict, batch: dict) -> dict[str, Mean]:
-            with axes.place_with(self.layout):
+            with self._placed():
                 return step.loss(params, buffers, batch, None, self.model, objective)[1]
 
         return jax.jit(evaluate, out_shardings=self.layout.replicated)

@@ -11,6 +11,9 @@ from maxlike.errors import UserError
 from maxlike.guard import Guard
 from maxlike.metrics import Mean
 from maxlike.model import AbstractModel
+from maxlike.optimizers.moments import Moments
+
+_ROUNDING = 0x726E64  # sets the noise of stochastic rounding apart from the micro-batches' own
 
 
 class Step:
@@ -21,10 +24,16 @@ class Step:
     clip_norm: the gradient is scaled down to this global norm; None: never.
     ema_decay: keep an exponential average of the parameters with this decay, used by evaluation, generation and
         export; None: do not.
+    accumulate_dtype: dtype in which gradients wait for those of the next micro-batch; bfloat16 halves them and rounds
+        each sum.
+    moments: how the optimizer's state is kept: bfloat16, or in the host's memory.
     compute_dtype: dtype of the forward and backward pass. Parameters, their gradients and the optimizer stay float32.
     guard: what to do when a loss is not finite or spikes.
+    gradients: factory such as `one_f_one_b.OneFOneB` of a schedule that computes loss and gradients by itself; None:
+        they are those of the objective by automatic differentiation.
 
-    Raises UserError for micro_batches < 1, clip_norm <= 0 or ema_decay outside (0, 1).
+    Raises UserError for micro_batches < 1, clip_norm <= 0, ema_decay outside (0, 1), or an accumulate_dtype where
+    nothing is accumulated.
     """
 
     def __init__(
@@ -34,7 +43,10 @@ class Step:
         clip_norm: float | None = 1.0,
         ema_decay: float | None = None,
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        accumulate_dtype: Literal["float32", "bfloat16"] = "float32",
+        moments: Moments | None = None,
         guard: Guard | None = None,
+        gradients: Callable | None = None,
     ):
         if micro_batches < 1:
             raise UserError(f"Step.micro_batches={micro_batches}: it must be at least 1")
@@ -42,11 +54,19 @@ class Step:
             raise UserError(f"Step.clip_norm={clip_norm}: give a positive norm, or None not to clip")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise UserError(f"Step.ema_decay={ema_decay}: it must lie between 0 and 1, or be None")
+        if accumulate_dtype != "float32" and micro_batches == 1:
+            raise UserError(
+                f"Step.accumulate_dtype={accumulate_dtype!r} without accumulation: raise Step.micro_batches above 1, or "
+                "leave it float32"
+            )
         self.micro_batches = micro_batches
+        self.accumulate_dtype = accumulate_dtype
+        self.moments = Moments() if moments is None else moments
         self.clip_norm = clip_norm
         self.ema_decay = ema_decay
         self.compute_dtype = compute_dtype
         self.guard = Guard() if guard is None else guard
+        self.gradients = None if gradients is None else gradients()
 
     def init(self, params: dict, buffers: dict, optimizer: optax.GradientTransformation, seed: jax.Array) -> dict:
         """The train state of step 0.
@@ -58,7 +78,7 @@ class Step:
             "seed": seed,
             "params": params,
             "buffers": buffers,
-            "opt": optimizer.init(params),
+            "opt": self.moments.pack(optimizer.init(params), jax.random.key(seed)),
             "guard": self.guard.init(),
         }
         return state if self.ema_decay is None else state | {"ema": jax.tree.map(jnp.copy, params)}
@@ -75,6 +95,7 @@ class Step:
     ) -> tuple[dict, dict[str, jax.Array]]:
         """(next state, metrics) of one batch. Where `allow` is false the update is dropped (a rewound bad step)."""
         key = jax.random.fold_in(jax.random.key(state["seed"]), state["step"])
+        state = state | {"opt": self.moments.fetch(state["opt"])}
         loss, metrics, grads, statistics = self._gradients(state, batch, key, model, objective)
         grads = jax.tree.map(lambda g: g / loss.weight, grads)
         grad_norm = optax.tree.norm(grads)
@@ -82,7 +103,8 @@ class Step:
             scale = jnp.minimum(1.0, self.clip_norm / jnp.maximum(grad_norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
         bad, watch = self.guard.judge(state["guard"], loss.value(), grad_norm, allow)
-        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        updates, opt = optimizer.update(grads, self.moments.unpack(state["opt"]), state["params"])
+        opt = self.moments.pack(opt, jax.random.fold_in(key, _ROUNDING))
         params = optax.apply_updates(state["params"], updates)
         statistics = jax.tree.map(lambda s: s / self.micro_batches, statistics)
         buffers = jax.tree.map(lambda rule, b, s: rule(b, s), model.buffer_rules, state["buffers"], statistics)
@@ -118,6 +140,9 @@ class Step:
             return loss.total, (loss, metrics)
 
         def summed(part: dict, key: jax.Array) -> tuple[Mean, dict[str, Mean], dict, dict]:
+            if self.gradients is not None:
+                cast = model.cast(state["params"], jnp.dtype(self.compute_dtype))
+                return self.gradients(cast, state["buffers"], part, key, model, objective)
             differentiate = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
             (_, (loss, metrics)), (grads, statistics) = differentiate(state["params"], state["buffers"], part, key)
             return loss, metrics, grads, statistics
@@ -130,7 +155,14 @@ class Step:
         first = jax.tree.map(lambda x: x[0], parts)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(summed, first, keys[0]))
 
-        def add(sums: tuple, part_and_key: tuple) -> tuple[tuple, None]:
-            return jax.tree.map(jnp.add, sums, summed(*part_and_key)), None
+        dtype = jnp.dtype(self.accumulate_dtype)
 
-        return jax.lax.scan(add, zeros, (parts, keys))[0]
+        def stored(sums: tuple) -> tuple:
+            loss, metrics, grads, statistics = sums
+            return loss, metrics, jax.tree.map(lambda g: g.astype(dtype), grads), statistics
+
+        def add(sums: tuple, part_and_key: tuple) -> tuple[tuple, None]:
+            return stored(jax.tree.map(jnp.add, sums, summed(*part_and_key))), None
+
+        loss, metrics, grads, statistics = jax.lax.scan(add, stored(zeros), (parts, keys))[0]
+        return loss, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads), statistics
