@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers import axes
+from layers import axes, kernels
 from layers.context import Context
 from layers.linear import Linear
 from layers.mlp import ACTIVATIONS
@@ -59,7 +59,7 @@ class Embed(nnx.Module):
         return still_VD + self.gradient_scale * (table_VD - still_VD)
 
     def __call__(self, tokens_BT: jax.Array, ctx: Context) -> jax.Array:
-        x_BTD = jnp.take(self.weights(), tokens_BT, axis=0, mode="clip")
+        x_BTD = lookup(self.weights(), tokens_BT)
         if self.scale != 1.0:
             x_BTD = x_BTD * self.scale
         if self.positions is not None:
@@ -69,6 +69,50 @@ class Embed(nnx.Module):
                 )
             x_BTD = x_BTD + jnp.take(self.positions[...], ctx.positions_BT, axis=0, mode="clip")
         return x_BTD if self.norm is None else self.norm(x_BTD)
+
+
+def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """table[token], [B, T, D]; an id outside the table reads its nearest row.
+
+    On a mesh the table stays where it lies. A device looks up the ids of its rows of the table, for the tokens of all
+    devices that hold other columns of them; a sum over the rows' devices and an exchange of columns for tokens leave it
+    with whole vectors of its share of the residual stream. So tokens travel, not the vocabulary.
+    Refuses T that does not divide over the devices of the residual stream.
+    """
+    rows, columns, batch = (axes.mesh_axes(name) for name in ("vocab", "embed", "batch"))
+    spread, length = axes.mesh_axes("residual_length"), axes.mesh_axes("length")
+    if not rows and not columns:
+        return jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
+    if not {*columns} <= {*batch} or spread not in (length, length + rows):
+        kernels.take("embedding", "compiler", f"a table on {rows} x {columns} is not cut as the tokens on {batch} are")
+        return jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
+    kernels.take("embedding", "exchange", f"the table stays on its devices: ids on {rows}, width on {columns}")
+    if tokens_BT.shape[1] % axes.shards("residual_length"):
+        raise ValueError(
+            f"rows of {tokens_BT.shape[1]} tokens do not divide over the {axes.shards('residual_length')} devices of "
+            f"the mesh axes {', '.join(spread)}: change the length or the mesh"
+        )
+    V = table_VD.shape[0]
+
+    def local(table_VD, tokens_BT):
+        ids_BT = jnp.clip(tokens_BT, 0, V - 1)
+        if columns:
+            ids_BT = jax.lax.all_gather(ids_BT, columns, axis=0, tiled=True)
+        if rows:
+            ids_BT = ids_BT - jax.lax.axis_index(rows) * table_VD.shape[0]
+        x_BTD = jnp.take(table_VD, ids_BT, axis=0, mode="clip")
+        if rows:
+            here_BT = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
+            x_BTD = jnp.where(here_BT[..., None], x_BTD, 0)
+            if spread == length:
+                x_BTD = jax.lax.psum(x_BTD, rows)
+            else:
+                x_BTD = jax.lax.psum_scatter(x_BTD, rows, scatter_dimension=1, tiled=True)
+        return jax.lax.all_to_all(x_BTD, columns, 0, 2, tiled=True) if columns else x_BTD
+
+    over = tuple(dict.fromkeys(batch + length + rows + columns))
+    inputs, outputs = (("vocab", "embed"), ("batch", "length")), ("batch", "residual_length", None)
+    return axes.shard_map(local, over=over, inputs=inputs, outputs=outputs)(table_VD, tokens_BT)
 
 
 class Head(nnx.Module):
