@@ -9,7 +9,7 @@ from flax import nnx
 
 from layers import axes, kernels
 from layers.attention_gate import gated
-from layers.cache import real, write
+from layers.cache import append, real, write
 from layers.context import AnyOrder, Context, ReadsPrefix
 from layers.linear import Linear
 from layers.rope import rotary
@@ -34,7 +34,7 @@ class Attention(nnx.Module, ReadsPrefix, AnyOrder):
         (arXiv 2408.00118). sinks: a learned logit a head joins the softmax with no value (arXiv 2508.10925).
         gate: factory of a gate such as AttentionGate (arXiv 2505.06708), or None.
         branch_gain > 0: factor on the initial weights of value and output (DeepNorm's beta, arXiv 2203.00555).
-    Decoding: keys are cached after qk_norm and rotation. A full cache holds [B, S, G, K]; with a window it is a ring of
+    Decoding: keys are cached after qk_norm and rotation. A full cache holds [B, G, S, K]; with a window it is a ring of
         `window` slots with the position that each one holds, -1 where empty. Padding is never written.
     Refuses heads that kv_heads does not divide, a head_dim that does not follow from D, and a cache without causality.
     """
@@ -141,7 +141,7 @@ class Attention(nnx.Module, ReadsPrefix, AnyOrder):
         if not self.causal:
             raise ValueError("Attention.causal=False has no cache: only causal attention decodes token by token")
         slots = length if self.window is None else min(self.window, length)
-        shape = (batch, slots, self.kv_heads, self.head_dim)
+        shape = (batch, self.kv_heads, slots, self.head_dim)
         cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
         return cache if self.window is None else cache | {"position": jnp.full((batch, slots), -1, jnp.int32)}
 
@@ -149,14 +149,14 @@ class Attention(nnx.Module, ReadsPrefix, AnyOrder):
         """Appends T tokens a row, of which the first ctx.lengths_B are real, at ctx.positions_BT."""
         q_BTHK, k_BTGK, v_BTGK, score = self._project(x_BTD)
         q_BTHK, k_BTGK, v_BTGK = self._rotate(q_BTHK, k_BTGK, v_BTGK, ctx)
-        new, real_BT, slots = {"k": k_BTGK, "v": v_BTGK}, real(ctx), cache["k"].shape[1]
+        new, real_BT, slots = {"k": k_BTGK, "v": v_BTGK}, real(ctx), cache["k"].shape[2]
         if self.window is None:
             cache = write(cache, new, jnp.where(real_BT, ctx.cache_slots_BT, slots))
             seen, k_positions_BS = cache, jnp.arange(slots)[None]
         else:
             # Attend before writing: a chunk longer than the ring would overwrite keys that its first tokens still see.
             new["position"] = jnp.where(real_BT, ctx.positions_BT, -1)
-            seen = {name: jnp.concatenate([cache[name], new[name].astype(cache[name].dtype)], 1) for name in cache}
+            seen = append(cache, new)
             last_BT = real_BT & (jnp.arange(real_BT.shape[1]) >= jnp.sum(real_BT, 1, keepdims=True) - slots)
             cache = write(cache, new, jnp.where(last_BT, ctx.positions_BT % slots, slots))
             k_positions_BS = seen["position"]

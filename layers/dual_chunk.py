@@ -119,6 +119,7 @@ class DualChunk(Attention):
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         q_BTHK, k_BTGK, v_BTGK, score = self._project(x_BTD)
         queries, k_BTGK, v_BTGK = self._rotate_chunks(q_BTHK, k_BTGK, v_BTGK, ctx)
+        k_BGTK, v_BGTK = jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2)
         T, chunk_BT = x_BTD.shape[1], ctx.positions_BT // self.chunk
         index_BT = jnp.broadcast_to(jnp.arange(T), chunk_BT.shape)
 
@@ -128,7 +129,7 @@ class DualChunk(Attention):
             if segments_BC is not None:
                 visible_BCS = visible_BCS & (segments_BC[:, :, None] == ctx.segments_BT[:, None, :])
             apart_BCS = chunk_BC[:, :, None] - chunk_BT[:, None, :]
-            return _attend(queries, k_BTGK, v_BTGK, apart_BCS, visible_BCS)
+            return _attend(queries, k_BGTK, v_BGTK, apart_BCS, visible_BCS)
 
         xs = (queries, index_BT, chunk_BT, ctx.segments_BT)
         reason = "no flash kernel chooses among three rotations of a query"
@@ -149,26 +150,29 @@ class DualChunk(Attention):
         """Appends T tokens a row, of which the first ctx.lengths_B are real, at ctx.positions_BT."""
         q_BTHK, k_BTGK, v_BTGK, score = self._project(x_BTD)
         queries, k_BTGK, v_BTGK = self._rotate_chunks(q_BTHK, k_BTGK, v_BTGK, ctx)
-        new, slots = {"k": k_BTGK, "v": v_BTGK, "position": ctx.positions_BT}, cache["k"].shape[1]
+        new, slots = {"k": k_BTGK, "v": v_BTGK, "position": ctx.positions_BT}, cache["k"].shape[2]
         cache = write(cache, new, jnp.where(real(ctx), ctx.cache_slots_BT, slots))
         visible_BTS = visibility(ctx.cache_slots_BT, jnp.arange(slots)[None], causal=True, window=None)
         apart_BTS = (ctx.positions_BT // self.chunk)[:, :, None] - (cache["position"] // self.chunk)[:, None, :]
-        k_BSGK, v_BSGK = cache["k"].astype(x_BTD.dtype), cache["v"].astype(x_BTD.dtype)
-        y_BTHK = _attend(queries, k_BSGK, v_BSGK, apart_BTS, visible_BTS)
+        k_BGSK, v_BGSK = cache["k"].astype(x_BTD.dtype), cache["v"].astype(x_BTD.dtype)
+        y_BTHK = _attend(queries, k_BGSK, v_BGSK, apart_BTS, visible_BTS)
         return self._finish(y_BTHK, score), cache
 
 
-def _attend(queries, k_BSGK, v_BSGK, apart_BTS, visible_BTS) -> jax.Array:
+def _attend(queries, k_BGSK, v_BGSK, apart_BTS, visible_BTS) -> jax.Array:
     """softmax over visible keys of q . k, with the first, second or third query for keys of the same chunk, the one
-    before or an earlier one; [B, T, H, K]. Queries carry their scale."""
+    before or an earlier one; [B, T, H, K]. Queries carry their scale; keys and values lie head by head."""
     B, T, H, K = queries[0].shape
-    G = k_BSGK.shape[2]
-    q_B3GRTK = jnp.transpose(jnp.reshape(jnp.stack(queries, 1), (B, 3, T, G, H // G, K)), (0, 1, 3, 4, 2, 5))
+    G, S = k_BGSK.shape[1:3]
+    R = H // G
+    q_BG3RTK = jnp.transpose(jnp.reshape(jnp.stack(queries, 1), (B, 3, T, G, R, K)), (0, 3, 1, 4, 2, 5))
     # One product, so that a decoding step reads the keys once.
-    s_B3GRTS = jnp.einsum("bzgrtk,bsgk->bzgrts", q_B3GRTK, k_BSGK, preferred_element_type=jnp.float32)
-    same, before, earlier = (s_B3GRTS[:, i] for i in range(3))
+    q_BGMK = jnp.reshape(q_BG3RTK, (B, G, 3 * R * T, K))
+    s_BGMS = jnp.einsum("bgmk,bgsk->bgms", q_BGMK, k_BGSK, preferred_element_type=jnp.float32)
+    s_BG3RTS = jnp.reshape(s_BGMS, (B, G, 3, R, T, S))
+    same, before, earlier = (s_BG3RTS[:, :, i] for i in range(3))
     apart_BTS = apart_BTS[:, None, None]
     s_BGRTS = jnp.where(apart_BTS == 0, same, jnp.where(apart_BTS == 1, before, earlier))
-    p_BGRTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], s_BGRTS, MASKED), -1).astype(v_BSGK.dtype)
-    y_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", p_BGRTS, v_BSGK)
-    return jnp.reshape(y_BTGRK, (B, T, H, v_BSGK.shape[-1]))
+    p_BGRTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], s_BGRTS, MASKED), -1).astype(v_BGSK.dtype)
+    y_BGMK = jnp.einsum("bgms,bgsk->bgmk", jnp.reshape(p_BGRTS, (B, G, R * T, S)), v_BGSK)
+    return jnp.reshape(jnp.transpose(jnp.reshape(y_BGMK, (B, G, R, T, -1)), (0, 3, 1, 2, 4)), (B, T, H, -1))

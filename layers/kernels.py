@@ -13,15 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from layers import axes
-from layers import masked_attention as masked
 from layers.blocked_attention import blocked_attention
-from layers.masked_attention import chunked_attention, visibility
+from layers.masked_attention import chunked_attention, masked_attention, visibility
 from layers.ring_attention import ring_attention
 
 IMPLEMENTATIONS = {
     "attention": ("cudnn", "blocked", "chunked", "xla"),
     "context_attention": ("ring", "gather"),
-    "cached_attention": ("heads", "diagonal"),
     "dual_chunk": ("whole", "chunked"),
     "layers": ("scan", "unrolled"),
     "recurrence": ("scan", "grouped"),
@@ -140,36 +138,8 @@ def attention(
     visible_BTS = visibility(positions_1T, positions_1T, causal=causal, window=window, prefix_BS=prefix_BT)
     if segments_BT is not None:
         visible_BTS = visible_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    return masked.masked_attention(q_BTHK, k_BTGK, v_BTGK, visible_BTS, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H)
-
-
-def masked_attention(
-    q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    visible_BTS: jax.Array,
-    *,
-    scale: float,
-    soft_cap: float | None = None,
-    sinks_H: jax.Array | None = None,
-    bias_BHTS: jax.Array | None = None,
-) -> jax.Array:
-    """`layers.masked_attention.masked_attention` in the form that suits the platform: attention to a cache."""
-    one_token, G = q_BTHK.shape[1] == 1, k_BSGK.shape[2]
-    picked = ("heads", "plain XLA")
-    if platform() == "cpu" and one_token and 1 < G <= 16:
-        picked = ("diagonal", "one token on CPU: reads the cache once (6 times faster at 2,048 slots)")
-    return masked.masked_attention(
-        q_BTHK,
-        k_BSGK,
-        v_BSGK,
-        visible_BTS,
-        scale=scale,
-        soft_cap=soft_cap,
-        sinks_H=sinks_H,
-        bias_BHTS=bias_BHTS,
-        diagonal=take("cached_attention", *picked) == "diagonal",
-    )
+    k_BGTK, v_BGTK = jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2)
+    return masked_attention(q_BTHK, k_BGTK, v_BGTK, visible_BTS, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H)
 
 
 def pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H, prefix_BT=None, width=None) -> tuple[str, str]:

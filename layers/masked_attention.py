@@ -18,64 +18,47 @@ def visibility(q_positions_BT, k_positions_BS, *, causal: bool, window: int | No
 
 def masked_attention(
     q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
+    k_BGSK: jax.Array,
+    v_BGSK: jax.Array,
     visible_BTS: jax.Array,
     *,
     scale: float,
     soft_cap: float | None = None,
     sinks_H: jax.Array | None = None,
     bias_BHTS: jax.Array | None = None,
-    diagonal: bool = False,
 ) -> jax.Array:
     """Attention under any mask, holding all T x S scores: decoding from a cache, where T is small. [B, T, H, K].
 
-    bias_BHTS is added to the scores; its B may be 1. diagonal: all heads as one matrix product with the queries on a
-    block diagonal: G times the operations, but keys and values are read once as they lie, not brought into another
-    order first.
+    Keys and values lie head by head, as a cache holds them: the keys of a head are then one matrix, and on CPU a
+    decoding step reads them as fast as memory gives them (7 times faster than with heads inside positions).
+    bias_BHTS is added to the scores; its B may be 1.
     """
     B, T, H, K = q_BTHK.shape
-    G = k_BSGK.shape[2]
-    q_BTGRK = jnp.reshape(q_BTHK * scale, (B, T, G, H // G, K))
-    if diagonal:
-        s = _diagonal_scores(q_BTGRK, k_BSGK)
-    else:
-        s = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    G, S = k_BGSK.shape[1:3]
+    R = H // G
+    # Query heads of a key head and new tokens as the rows of one matrix.
+    q_BGMK = jnp.reshape(jnp.transpose(jnp.reshape(q_BTHK * scale, (B, T, G, R, K)), (0, 2, 3, 1, 4)), (B, G, R * T, K))
+    s = jnp.einsum("bgmk,bgsk->bgms", q_BGMK, k_BGSK, preferred_element_type=jnp.float32)
+    s = jnp.reshape(s, (B, G, R, T, S))
     if soft_cap is not None:
         s = soft_cap * jnp.tanh(s / soft_cap)
     if bias_BHTS is not None:
-        s = s + jnp.reshape(bias_BHTS, (-1, G, H // G, *bias_BHTS.shape[2:]))
+        s = s + jnp.reshape(bias_BHTS, (-1, G, R, *bias_BHTS.shape[2:]))
     s = jnp.where(visible_BTS[:, None, None], s, MASKED)
     top = jnp.max(s, -1, keepdims=True)
-    sinks = None if sinks_H is None else jnp.reshape(sinks_H.astype(jnp.float32), (1, G, H // G, 1, 1))
+    sinks = None if sinks_H is None else jnp.reshape(sinks_H.astype(jnp.float32), (1, G, R, 1, 1))
     top = jax.lax.stop_gradient(top if sinks is None else jnp.maximum(top, sinks))
     e = jnp.exp(s - top)
     total = jnp.sum(e, -1, keepdims=True) + (0 if sinks is None else jnp.exp(sinks - top))
-    p = (e / total).astype(v_BSGK.dtype)
-    y = _diagonal_mix(p, v_BSGK) if diagonal else jnp.einsum("bgrts,bsgk->btgrk", p, v_BSGK)
-    return jnp.reshape(y, (B, T, H, v_BSGK.shape[-1]))
-
-
-def _diagonal_scores(q_BTGRK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
-    """Float32 scores [B, G, R, T, S]; R query heads a key head."""
-    B, T, G, R, K = q_BTGRK.shape
-    own_GG = jnp.eye(G, dtype=q_BTGRK.dtype)
-    blocks = jnp.reshape(jnp.einsum("btgrk,hg->bhkgrt", q_BTGRK, own_GG), (B, G * K, G * R * T))
-    s = jnp.matmul(jnp.reshape(k_BSGK, (B, -1, G * K)), blocks, preferred_element_type=jnp.float32)
-    return jnp.reshape(jnp.swapaxes(s, 1, 2), (B, G, R, T, -1))
-
-
-def _diagonal_mix(p_BGRTS: jax.Array, v_BSGK: jax.Array) -> jax.Array:
-    """Weighted values [B, T, G, R, K]: of all pairs of heads, those of one head with itself."""
-    B, G, R, T, S = p_BGRTS.shape
-    y = jnp.reshape(p_BGRTS, (B, G * R * T, S)) @ jnp.reshape(v_BSGK, (B, S, -1))
-    return jnp.einsum("bgrthk,gh->btgrk", jnp.reshape(y, (B, G, R, T, G, -1)), jnp.eye(G, dtype=y.dtype))
+    p_BGMS = jnp.reshape((e / total).astype(v_BGSK.dtype), (B, G, R * T, S))
+    y_BGMK = jnp.einsum("bgms,bgsk->bgmk", p_BGMS, v_BGSK)
+    return jnp.reshape(jnp.transpose(jnp.reshape(y_BGMK, (B, G, R, T, -1)), (0, 3, 1, 2, 4)), (B, T, H, -1))
 
 
 def chunked_attention(
     q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
     segments_BT: jax.Array | None,
     sinks_H: jax.Array | None,
     *,
@@ -92,6 +75,7 @@ def chunked_attention(
     a causal row costs 5/8 of all pairs. y: [B, T, H, K].
     """
     T = q_BTHK.shape[1]
+    k_BGTK, v_BGTK = jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2)
     positions_1T = jnp.arange(T)[None]
     quarter = -(-T // (4 * chunk)) * chunk
     outputs = []
@@ -111,8 +95,9 @@ def chunked_attention(
             )
             if segments_BC is not None:
                 visible_BCS = visible_BCS & (segments_BC[:, :, None] == segments_BT[:, None, keys])
+            k_BGSK, v_BGSK = k_BGTK[:, :, keys], v_BGTK[:, :, keys]
             return masked_attention(
-                q_BCHK, k_BSGK[:, keys], v_BSGK[:, keys], visible_BCS, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H
+                q_BCHK, k_BGSK, v_BGSK, visible_BCS, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H
             )
 
         xs = jax.tree.map(lambda x: chunks(x[:, start:end], chunk), (q_BTHK, positions_1T, segments_BT))  # noqa: B023

@@ -163,17 +163,20 @@ class MLA(nnx.Module, AnyOrder):
         cache = write(cache, {"latent": new_BTR}, jnp.where(real(ctx), ctx.cache_slots_BT, slots))
 
         q_BTHK = self._queries(x_BTD, ctx.positions_BT)
-        latent_BS1R = cache["latent"].astype(x_BTD.dtype)[:, :, None]
+        latent_BSR = cache["latent"].astype(x_BTD.dtype)
         visible_BTS = kernels.visibility(ctx.cache_slots_BT, jnp.arange(slots)[None], causal=True, window=None)
         if self._absorbing_is_cheaper(x_BTD.shape[1], slots):
             q_nope, q_rope = q_BTHK[..., : self.nope_dim], q_BTHK[..., self.nope_dim :]
             q_BTHR = jnp.concatenate([self._absorb_key(q_nope), q_rope], -1)
             # Values are whole entries, and the shared key's part of the result is dropped: slicing would copy a cache.
-            y_BTHR = kernels.masked_attention(q_BTHR, latent_BS1R, latent_BS1R, visible_BTS, scale=self.scale)
+            y_BTHR = kernels.masked_attention(
+                q_BTHR, latent_BSR[:, None], latent_BSR[:, None], visible_BTS, scale=self.scale
+            )
             y_BTHV = self._absorb_value(y_BTHR[..., : self.kv_rank])
         else:
-            k_BSGK, v_BSGV = self._expand(latent_BS1R[:, :, 0, : self.kv_rank], latent_BS1R[..., self.kv_rank :])
-            y_BTHV = kernels.masked_attention(q_BTHK, k_BSGK, v_BSGV, visible_BTS, scale=self.scale)
+            keys_and_values = self._expand(latent_BSR[..., : self.kv_rank], latent_BSR[:, :, None, self.kv_rank :])
+            k_BGSK, v_BGSV = (jnp.swapaxes(z, 1, 2) for z in keys_and_values)
+            y_BTHV = kernels.masked_attention(q_BTHK, k_BGSK, v_BGSV, visible_BTS, scale=self.scale)
         return self._finish(y_BTHV, x_BTD)[0], cache
 
     def _absorbing_is_cheaper(self, new: int, slots: int) -> bool:

@@ -119,8 +119,8 @@ class RelativeAttention(nnx.Module, ReadsPrefix):
         kernels.take("biased_attention", "xla", "scores with a bias are held whole")
         y_BTHK = kernels.masked_attention(
             self.query(x_BTD),
-            self.key(x_BTD),
-            self.value(x_BTD),
+            jnp.swapaxes(self.key(x_BTD), 1, 2),
+            jnp.swapaxes(self.value(x_BTD), 1, 2),
             visible_BTS,
             scale=self.scale,
             bias_BHTS=self._bias(ctx, positions_1T, positions_1T),
@@ -131,12 +131,12 @@ class RelativeAttention(nnx.Module, ReadsPrefix):
         """An empty cache for rows of at most `length` tokens."""
         if not self.causal:
             raise ValueError("RelativeAttention.causal=False has no cache: only causal attention decodes by token")
-        shape = (batch, length, self.heads, self.head_dim)
+        shape = (batch, self.heads, length, self.head_dim)
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
     def extend(self, x_BTD: jax.Array, cache: dict[str, Any], ctx: Context) -> tuple[jax.Array, dict[str, Any]]:
         """Appends T tokens a row, of which the first ctx.lengths_B are real, at ctx.positions_BT."""
-        slots = cache["k"].shape[1]
+        slots = cache["k"].shape[2]
         slot_BT = jnp.where(real(ctx), ctx.cache_slots_BT, slots)
         cache = write(cache, {"k": self.key(x_BTD), "v": self.value(x_BTD)}, slot_BT)
         prefix_BS, k_positions_1S = None, jnp.arange(slots)[None]
@@ -181,8 +181,12 @@ class CrossAttention(nnx.Module, ReadsPrefix):
         self.heads, self.head_dim, self.scale = heads, K, K**-0.5 if scale is None else scale
         self.query, self.key, self.value, self.out = _projections(dim, heads, K, self.scale, rngs)
 
-    def _attend(self, x_BTD, k_BSHK, v_BSHK, visible_BTS):
-        y_BTHK = kernels.masked_attention(self.query(x_BTD), k_BSHK, v_BSHK, visible_BTS, scale=self.scale)
+    def _by_head(self, memory_BSD):
+        """Keys and values of the source, a matrix a head."""
+        return jnp.swapaxes(self.key(memory_BSD), 1, 2), jnp.swapaxes(self.value(memory_BSD), 1, 2)
+
+    def _attend(self, x_BTD, k_BHSK, v_BHSK, visible_BTS):
+        y_BTHK = kernels.masked_attention(self.query(x_BTD), k_BHSK, v_BHSK, visible_BTS, scale=self.scale)
         y_BTHK = jnp.where(jnp.any(visible_BTS, -1)[:, :, None, None], y_BTHK, jnp.zeros((), y_BTHK.dtype))
         return self.out(y_BTHK)
 
@@ -196,7 +200,7 @@ class CrossAttention(nnx.Module, ReadsPrefix):
         elif source_BS is not None:
             visible_BTS = visible_BTS & (source_BS > 0)[:, None, :]
         kernels.take("cross_attention", "xla", "scores are held whole")
-        return self._attend(x_BTD, self.key(ctx.memory_BSD), self.value(ctx.memory_BSD), visible_BTS), {}
+        return self._attend(x_BTD, *self._by_head(ctx.memory_BSD), visible_BTS), {}
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, Any]:
         """Nothing yet: the cache comes from `remember`, when there is a source."""
@@ -204,19 +208,16 @@ class CrossAttention(nnx.Module, ReadsPrefix):
 
     def remember(self, memory_BSD: jax.Array, real_BS: jax.Array, dtype: jnp.dtype) -> dict[str, Any]:
         """The cache of an encoded source; real_BS, bool: which of its tokens are no padding."""
-        return {
-            "k": self.key(memory_BSD).astype(dtype),
-            "v": self.value(memory_BSD).astype(dtype),
-            "real": real_BS,
-        }
+        k_BHSK, v_BHSK = self._by_head(memory_BSD)
+        return {"k": k_BHSK.astype(dtype), "v": v_BHSK.astype(dtype), "real": real_BS}
 
     def extend(self, x_BTD: jax.Array, cache: dict[str, Any], ctx: Context) -> tuple[jax.Array, dict[str, Any]]:
         """The same for T new tokens of a row; the cache does not change."""
         if not cache:
             raise ValueError("CrossAttention has no source in its cache: decode with EncoderDecoder.given(source)")
         visible_BTS = jnp.broadcast_to(cache["real"][:, None, :], (*x_BTD.shape[:2], cache["real"].shape[1]))
-        k_BSHK, v_BSHK = cache["k"].astype(x_BTD.dtype), cache["v"].astype(x_BTD.dtype)
-        return self._attend(x_BTD, k_BSHK, v_BSHK, visible_BTS), cache
+        k_BHSK, v_BHSK = cache["k"].astype(x_BTD.dtype), cache["v"].astype(x_BTD.dtype)
+        return self._attend(x_BTD, k_BHSK, v_BHSK, visible_BTS), cache
 
     def flops_per_token(self, length: int) -> float:
         """For as many source tokens as target tokens, `length`: projections on both sides, scores and mixing."""

@@ -145,7 +145,7 @@ def test_cached_decoding_equals_the_whole_row_and_keeps_only_kept_tokens():
     assert at.tolist() == [T, T]
     depth = cache["stack"]["periods"][0]
     np.testing.assert_allclose(np.asarray(depth["kept_B"]).mean(1) / T, kept)
-    written = np.abs(np.asarray(depth["block"]["k"])).sum((-1, -2)) > 0  # [repeats, B, S]
+    written = np.abs(np.asarray(depth["block"]["k"])).sum((-3, -1)) > 0  # of [repeats, B, G, S, K]
     np.testing.assert_array_equal(written.sum(-1), depth["kept_B"])
     assert np.all(written[..., :-1] >= written[..., 1:]), "the cache has gaps"
 
