@@ -5,12 +5,15 @@
 replicated because a dimension happened not to divide.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from layers.axes import ACTIVATION_AXES, PARAMETER_AXES
@@ -31,11 +34,27 @@ class Mesh:
         Axes left out, and axes of size 1, vanish.
     rules: logical axis -> mesh axis, a tuple of them, or None for replicated. Every logical axis that an array uses
         must have a rule.
+    balance: whether rows cut along their length lie in head-tail order, which gives devices equal work under causality
+        (`maxlike.row_order`): None wherever the network allows it and gains by it, True or refused, False never.
+    keys: how attention gets the keys of other devices there: "ring", "gather" (C times the memory, one collective
+        instead of C - 1), or None for the choice of `layers.kernels`.
+    across_slices: on several slices (hosts of GPUs), the mesh axes that may cross from one to another over the slow
+        network between them, the first that divide: axes not named here lie inside a slice.
 
     Raises UserError for an unknown mesh axis or logical axis, a size below 1, or two sizes of -1.
     """
 
-    def __init__(self, *, shape: dict[str, int], rules: dict[str, str | tuple[str, ...] | None]):
+    def __init__(
+        self,
+        *,
+        shape: dict[str, int],
+        rules: dict[str, str | tuple[str, ...] | None],
+        balance: bool | None = None,
+        keys: Literal["ring", "gather"] | None = None,
+        across_slices: tuple[str, ...] = ("data", "stage", "fsdp"),
+    ):
+        if keys not in (None, "ring", "gather"):
+            raise UserError(f"Mesh.keys={keys!r} must be 'ring', 'gather' or None")
         for axis, size in shape.items():
             if axis not in MESH_AXES:
                 raise UserError(
@@ -45,6 +64,9 @@ class Mesh:
                 raise UserError(
                     f"Mesh.shape[{axis!r}]={size}: give a size of at least 1, or -1 for all remaining devices"
                 )
+        for axis in across_slices:
+            if axis not in MESH_AXES:
+                raise UserError(f"Mesh.across_slices names {axis!r}{nearest(axis, MESH_AXES)}, which is no mesh axis")
         if list(shape.values()).count(-1) > 1:
             raise UserError(f"Mesh.shape={shape} leaves two sizes open: only one may be -1")
         known = PARAMETER_AXES | ACTIVATION_AXES
@@ -60,6 +82,7 @@ class Mesh:
                     )
         self.shape = dict(shape)
         self.rules = dict(rules)
+        self.balance, self.keys, self.across_slices = balance, keys, tuple(across_slices)
 
     def sizes(self, devices: int) -> dict[str, int]:
         """Mesh axis -> size on so many devices, -1 filled in, axes of size 1 left out (but never all). Raises UserError
@@ -83,18 +106,40 @@ class Mesh:
         devices = list(jax.devices() if devices is None else devices)
         sizes = self.sizes(len(devices))
         needed = math.prod(sizes.values())
-        mesh = jax.make_mesh(
-            tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:needed]
-        )
-        return Layout(mesh, self.rules)
+        types, devices = (AxisType.Auto,) * len(sizes), devices[:needed]
+        if len(slices(devices)) == 1:
+            mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+        else:
+            mesh = jax.sharding.Mesh(self.arrange(sizes, devices), tuple(sizes), axis_types=types)
+        return Layout(mesh, self.rules, self.balance, self.keys)
+
+    def arrange(self, sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+        """Devices of several slices as an array with one dimension a mesh axis: the slices along `across_slices`, outer,
+        and each slice's own network inside. Raises UserError where slices differ in size or do not divide."""
+        members = slices(devices)
+        if len(set(members.values())) > 1:
+            raise UserError(f"the slices have different numbers of devices, {members}: a mesh needs them alike")
+        outer, left = dict.fromkeys(sizes, 1), len(members)
+        for axis in self.across_slices:
+            outer[axis] = math.gcd(sizes.get(axis, 1), left)
+            left //= outer[axis]
+        if left > 1:
+            raise UserError(
+                f"Mesh.across_slices={self.across_slices} of Mesh.shape={self.shape} do not divide over "
+                f"{len(members)} slices: give one of them a multiple of {len(members)} (`--overlay mesh/hsdp`)"
+            )
+        inner = [size // outer[axis] for axis, size in sizes.items()]
+        return mesh_utils.create_hybrid_device_mesh(inner, [outer[axis] for axis in sizes], devices)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh on devices with its rules."""
+    """A mesh on devices with its rules; balance and keys: of Mesh."""
 
     mesh: jax.sharding.Mesh
     rules: dict[str, Rule]
+    balance: bool | None = None
+    keys: str | None = None
 
     def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> PartitionSpec:
         """PartitionSpec of an array. `name` is the parameter or activation, for the message.
@@ -160,6 +205,13 @@ class Layout:
         return self.sharding(
             ("batch", "length")[: len(shape)] + (None,) * (len(shape) - 2), shape, "the batch (Experiment.batch_size)"
         )
+
+
+def slices(devices: Sequence[jax.Device]) -> dict[int, int]:
+    """Slice -> number of these devices in it: TPU slices, or GPU hosts, between which the network is slow. One slice
+    where the platform has no such thing."""
+    counts = collections.Counter(device.slice_index if hasattr(device, "slice_index") else 0 for device in devices)
+    return dict(sorted(counts.items()))
 
 
 def path_names(path: tuple) -> tuple[str, ...]:

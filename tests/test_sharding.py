@@ -1,7 +1,10 @@
 """The resolver refuses what it does not know, and places parameters and moments by one rule."""
 
+import types
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -71,6 +74,34 @@ def test_open_size_takes_the_remaining_devices():
     assert dict(layout({"fsdp": -1, "tensor": 2}).mesh.shape) == {"fsdp": 4, "tensor": 2}
     with pytest.raises(UserError, match="covers 6 of 8"):
         layout({"fsdp": -1, "tensor": 3})
+
+
+def sliced(shape, per_slice, **knobs):
+    """Slice of each of some made-up devices, in the arrangement of a mesh."""
+    kinds = {"process_index": 0, "platform": "gpu", "device_kind": "made up"}
+    numbered = [i for i, size in enumerate(per_slice) for _ in range(size)]
+    devices = [types.SimpleNamespace(id=i, slice_index=s, **kinds) for i, s in enumerate(numbered)]
+    mesh = Mesh(shape=shape, rules=RULES, **knobs)
+    return np.vectorize(lambda device: device.slice_index)(mesh.arrange(mesh.sizes(len(devices)), devices[::-1]))
+
+
+def test_slices_lie_along_the_outer_axes():
+    np.testing.assert_array_equal(sliced({"data": 2, "fsdp": -1}, [4, 4]), [[0] * 4, [1] * 4])
+    # the axis that crosses is cut between slices first and inside them after that
+    np.testing.assert_array_equal(sliced({"tensor": 2, "fsdp": 4}, [4, 4]), [[0, 0, 1, 1], [0, 0, 1, 1]])
+    both = sliced({"data": 2, "fsdp": 4, "tensor": 2}, [4] * 4)
+    np.testing.assert_array_equal(both[..., 0], both[..., 1])
+    np.testing.assert_array_equal(both[..., 0], [[0, 0, 1, 1], [2, 2, 3, 3]])
+    np.testing.assert_array_equal(sliced({"tensor": 2, "fsdp": 2}, [2, 2], across_slices=("tensor",)), [[0, 0], [1, 1]])
+
+
+def test_slices_that_no_outer_axis_divides_over_are_refused():
+    with pytest.raises(UserError, match=r"do not divide over 2 slices.*multiple of 2"):
+        sliced({"tensor": -1}, [4, 4])
+    with pytest.raises(UserError, match=r"different numbers of devices, \{0: 6, 1: 2\}"):
+        sliced({"data": 8}, [6, 2])
+    with pytest.raises(UserError, match=r"across_slices names 'dta'.*did you mean 'data'"):
+        Mesh(shape={"data": 8}, rules=RULES, across_slices=("dta",))
 
 
 PARAMS = {"a": {"w": jnp.zeros((8, 4))}, "w": jnp.zeros((4,))}
