@@ -56,7 +56,7 @@ class Step:
             raise UserError(f"Step.ema_decay={ema_decay}: it must lie between 0 and 1, or be None")
         if accumulate_dtype != "float32" and micro_batches == 1:
             raise UserError(
-                f"Step.accumulate_dtype={accumulate_dtype!r} without accumulation: raise Step.micro_batches above 1, or "
+                f"Step.accumulate_dtype={accumulate_dtype!r} accumulates nothing: raise Step.micro_batches above 1, or "
                 "leave it float32"
             )
         self.micro_batches = micro_batches
