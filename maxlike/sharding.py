@@ -21,6 +21,8 @@ from maxlike.catalog import nearest
 from maxlike.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
+# What sets a dimension, where it has a knob of its own.
+SIZES = {"layers": "Stack.depth (this many times the length of Stack.pattern)"}
 # An optimizer's leaf above this size that mirrors no parameter is refused rather than replicated.
 REPLICATE_UP_TO = 1 << 16
 
@@ -114,7 +116,7 @@ class Mesh:
         return Layout(mesh, self.rules, self.balance, self.keys)
 
     def arrange(self, sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-        """Devices of several slices as an array with one dimension a mesh axis: the slices along `across_slices`, outer,
+        """Devices of several slices as an array with one dimension a mesh axis: slices along `across_slices`, outer,
         and each slice's own network inside. Raises UserError where slices differ in size or do not divide."""
         members = slices(devices)
         if len(set(members.values())) > 1:
@@ -173,7 +175,7 @@ class Layout:
             if size % parts:
                 raise UserError(
                     f"{name}: its dimension {logical!r} of size {size} does not divide over "
-                    f"{' x '.join(f'{t}={self.mesh.shape[t]}' for t in targets)}; change that size or Mesh.shape"
+                    f"{' x '.join(f'{t}={self.mesh.shape[t]}' for t in targets)}; change {SIZES.get(logical, 'that size')} or Mesh.shape"
                 )
             entries.append(targets if len(targets) > 1 else targets[0] if targets else None)
         return PartitionSpec(*entries)
