@@ -4,9 +4,11 @@ import argparse
 import inspect
 import pathlib
 import sys
+import traceback
 import types
 import typing
 
+from launch import distributed
 from maxlike import catalog
 from maxlike.errors import UserError
 
@@ -30,9 +32,15 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--overlay", action="append", default=[], metavar="O", help="a gin file put on top; repeatable")
     parser.add_argument("--set", action="append", default=[], metavar="K=V", help="one gin binding; repeatable")
     parser.add_argument("--run_dir", metavar="D", help="the run's directory (default: runs/NAME)")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="bare clusters: address of process 0")
+    parser.add_argument(
+        "--xla", action="append", default=[], metavar="G", help="a further group of XLA flags, repeatable"
+    )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="bare clusters: where the processes meet")
     parser.add_argument("--processes", type=int, metavar="N", help="bare clusters: number of processes")
     parser.add_argument("--process", type=int, metavar="I", help="bare clusters: index of this process")
+    parser.add_argument(
+        "--join_timeout", type=float, default=distributed.JOIN_TIMEOUT, metavar="S", help="seconds to wait for them"
+    )
     arguments, rest = parser.parse_known_args(argv)
     if arguments.help and "--job" not in " ".join(argv):
         parser.print_help()
@@ -119,13 +127,13 @@ def _run(argv: list[str]) -> None:
         raise UserError("name an experiment: `python -m launch --experiment quickstart`; --list shows all")
     catalog.find("experiment", arguments.experiment)
     catalog.find("job", arguments.job)
-    from launch import distributed, environment
+    from launch import environment
 
-    environment.prepare()
+    environment.prepare(arguments.xla)
     import absl.flags
 
     absl.flags.FLAGS(["maxlike"])  # Grain's workers read absl flags, which somebody must have parsed
-    distributed.join(arguments.coordinator, arguments.processes, arguments.process)
+    distributed.join(arguments.coordinator, arguments.processes, arguments.process, arguments.join_timeout)
     from maxlike import config
 
     experiment = config.load(
@@ -140,15 +148,23 @@ def _run(argv: list[str]) -> None:
 
 
 def main() -> int:
+    code, why = 0, ""
     try:
         _run(sys.argv[1:])
     except UserError as error:
+        code, why = 2, str(error)
         print(f"maxlike: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
+        code, why = 130, "interrupted"
         print("maxlike: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    except Exception as error:
+        distributed.await_cause()
+        if not distributed.joined():
+            raise
+        code, why = 1, f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    distributed.leave(code, why)
+    return code
 
 
 if __name__ == "__main__":
