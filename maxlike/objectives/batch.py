@@ -16,8 +16,9 @@ def context_of(batch: dict[str, jax.Array], key: jax.Array | None) -> Context:
     """The context of a batch [B, T]. key: randomness of a training call; None: evaluation.
 
     Reads positions and segment_ids (int32), and where the batch has them: prefix (bool, tokens that their whole segment
-    sees), blocks (int32, second channel of two-dimensional positions), and for an encoder-decoder sources,
-    source_positions, source_segment_ids (int32 [B, S]).
+    sees), blocks (int32, second channel of two-dimensional positions), order (int32, place of each token in its row,
+    where a mesh holds rows out of order), and for an encoder-decoder sources, source_positions, source_segment_ids
+    (int32 [B, S]).
     Raises UserError for a batch that has some of the fields of a source and not all.
     """
     here = [name for name in SOURCE_FIELDS if name in batch]
@@ -31,6 +32,7 @@ def context_of(batch: dict[str, jax.Array], key: jax.Array | None) -> Context:
         train=key is not None,
         prefix_BT=batch["prefix"].astype(bool) if "prefix" in batch else None,
         blocks_BT=batch.get("blocks"),
+        order_BT=batch.get("order"),
         source=Source(*(batch[name] for name in SOURCE_FIELDS)) if here else None,
     )
 
