@@ -42,8 +42,8 @@ class Block(nnx.Module):
 
     Knobs: mixer, ffn, norm: factories; ffn None for a block that only mixes; order; residual_scale > 0; skip_scale > 0,
     of "deepnorm" alone; mixer_norm: factory of the mixer's norm where it differs from `norm`, or None.
-    Refuses a prefix (Context.prefix_BT) where the mixer would ignore it, and rows that a mesh cuts along their length or
-        that are out of order (Context.order_BT) where the mixer cannot work on them.
+    Refuses a prefix (Context.prefix_BT) where the mixer would ignore it, and rows that a mesh cuts along their length
+        or that are out of order (Context.order_BT) where the mixer cannot work on them.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ def refuse_cut_rows(block: nnx.Module, ctx: Context) -> None:
     over = axes.mesh_axes("length")
     if over and not isinstance(mixer, CutsLength):
         raise ValueError(
-            f"{type(block).__name__}.mixer={name} cannot work on rows cut over the mesh axis {', '.join(over)} (context "
-            "parallel): use a mesh without it"
+            f"{type(block).__name__}.mixer={name} cannot work on rows cut over the mesh axis {', '.join(over)} "
+            "(context parallel): use a mesh without it"
         )
     if ctx.order_BT is not None and not isinstance(mixer, AnyOrder):
         raise ValueError(

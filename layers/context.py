@@ -12,13 +12,13 @@ class ReadsPrefix:
 
 
 class CutsLength:
-    """Marks a mixer that works on rows whose length is cut over devices (context parallel): by a ring of keys, by states
-    passed on, by a halo. Block refuses any other there."""
+    """Marks a mixer that works on rows whose length is cut over devices (context parallel): by a ring of keys, by
+    states passed on, by a halo. Block refuses any other there."""
 
 
 class AnyOrder(CutsLength):
-    """Marks a mixer that reads the order of a row's tokens from `Context.order_BT`, so that devices may hold any of them
-    (causal load balance). Block refuses rows out of order on any other."""
+    """Marks a mixer that reads the order of a row's tokens from `Context.order_BT`, so that devices may hold any of
+    them (causal load balance). Block refuses rows out of order on any other."""
 
 
 class InOrder:

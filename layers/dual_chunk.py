@@ -12,6 +12,7 @@ from layers.attention import Attention
 from layers.cache import real, write
 from layers.context import Context
 from layers.masked_attention import MASKED, chunks, visibility
+from layers.ring_attention import over_all_keys
 from layers.rope2d import RoPE2D
 
 WHOLE = 1024  # longest row whose T x T scores are held at once
@@ -119,25 +120,11 @@ class DualChunk(Attention):
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         q_BTHK, k_BTGK, v_BTGK, score = self._project(x_BTD)
         queries, k_BTGK, v_BTGK = self._rotate_chunks(q_BTHK, k_BTGK, v_BTGK, ctx)
-        k_BGTK, v_BGTK = jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2)
-        T, chunk_BT = x_BTD.shape[1], ctx.positions_BT // self.chunk
-        index_BT = jnp.broadcast_to(jnp.arange(T), chunk_BT.shape)
-
-        def attend(xs):
-            queries, index_BC, chunk_BC, segments_BC = xs
-            visible_BCS = visibility(index_BC, index_BT, causal=True, window=None)
-            if segments_BC is not None:
-                visible_BCS = visible_BCS & (segments_BC[:, :, None] == ctx.segments_BT[:, None, :])
-            apart_BCS = chunk_BC[:, :, None] - chunk_BT[:, None, :]
-            return _attend(queries, k_BGTK, v_BGTK, apart_BCS, visible_BCS)
-
-        xs = (queries, index_BT, chunk_BT, ctx.segments_BT)
-        reason = "no flash kernel chooses among three rotations of a query"
-        if kernels.take("dual_chunk", "whole" if T <= WHOLE else "chunked", reason) == "whole":
-            y_BTHK = attend(xs)
-        else:
-            y_NBCHK = jax.lax.map(jax.checkpoint(attend), jax.tree.map(lambda x: chunks(x, QUERIES), xs))
-            y_BTHK = jnp.reshape(jnp.swapaxes(y_NBCHK, 0, 1), (x_BTD.shape[0], -1, *y_NBCHK.shape[3:]))[:, :T]
+        places = {"index": ctx.order_BT, "chunk": ctx.positions_BT // self.chunk, "segment": ctx.segments_BT}
+        if ctx.order_BT is None:
+            places["index"] = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), ctx.positions_BT.shape)
+        places = {name: x_BT for name, x_BT in places.items() if x_BT is not None}
+        y_BTHK = over_all_keys(_attend_row, (queries, places), (k_BTGK, v_BTGK, places))
         return self._finish(y_BTHK, score), self._aux(score, ctx)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, jax.Array]:
@@ -157,6 +144,26 @@ class DualChunk(Attention):
         k_BGSK, v_BGSK = cache["k"].astype(x_BTD.dtype), cache["v"].astype(x_BTD.dtype)
         y_BTHK = _attend(queries, k_BGSK, v_BGSK, apart_BTS, visible_BTS)
         return self._finish(y_BTHK, score), cache
+
+
+def _attend_row(queries, keys) -> jax.Array:
+    """`_attend` for queries with their places (index in the row, chunk, segment) and keys, values and theirs."""
+    k_BSGK, v_BSGK, k_places = keys
+    k_BGSK, v_BGSK = jnp.swapaxes(k_BSGK, 1, 2), jnp.swapaxes(v_BSGK, 1, 2)
+
+    def attend(xs):
+        queries, places = xs
+        visible_BCS = visibility(places["index"], k_places["index"], causal=True, window=None)
+        if "segment" in places:
+            visible_BCS = visible_BCS & (places["segment"][:, :, None] == k_places["segment"][:, None, :])
+        apart_BCS = places["chunk"][:, :, None] - k_places["chunk"][:, None, :]
+        return _attend(queries, k_BGSK, v_BGSK, apart_BCS, visible_BCS)
+
+    (B, T), reason = queries[1]["index"].shape, "no flash kernel chooses among three rotations of a query"
+    if kernels.take("dual_chunk", "whole" if k_BSGK.shape[1] <= WHOLE else "chunked", reason) == "whole":
+        return attend(queries)
+    y_NBCHK = jax.lax.map(jax.checkpoint(attend), jax.tree.map(lambda x: chunks(x, QUERIES), queries))
+    return jnp.reshape(jnp.swapaxes(y_NBCHK, 0, 1), (B, -1, *y_NBCHK.shape[3:]))[:, :T]
 
 
 def _attend(queries, k_BGSK, v_BGSK, apart_BTS, visible_BTS) -> jax.Array:

@@ -96,8 +96,8 @@ def attention(
 
     A query sees a key of its own segment, not after it if causal unless the key is of the prefix, and fewer than
     `window` positions away. H must be a multiple of the number of key heads G; V, the width of a value, may differ from
-    K. Softmax in float32. order_BT: the place of each token in its row; None for rows stored in order. Where a mesh cuts
-    the length, keys come from the other devices.
+    K. Softmax in float32. order_BT: the place of each token in its row; None for rows stored in order. Where a mesh
+    cuts the length, keys come from the other devices.
     """
     if order_BT is not None or axes.mesh_axes("length"):
         return ring_attention(

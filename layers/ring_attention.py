@@ -17,6 +17,8 @@ the same work under causality.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -281,3 +283,22 @@ def _local(x: dict[str, jax.Array], *, ring: tuple[str, ...], gather: bool, **kn
     m = Meeting(ring=ring, size=size, hops=hops, tags=tags, queries=block, keys=block, **knobs)
     y_BGRTV = _attend(m, q_BGRTK, k, v, sinks_GR, tags_BnT, k_tags_BnS)
     return jnp.reshape(jnp.transpose(y_BGRTV, (0, 3, 1, 2, 4)), (B, T, H, v.shape[-1]))
+
+
+def over_all_keys(function: Callable, queries: Any, keys: Any) -> jax.Array:
+    """function(queries, keys) -> y [B, T, H, V] of rows that a mesh may cut: each device has its own queries and the
+    keys of whole rows, gathered.
+
+    queries, keys: trees of arrays [B, T, ...], without None.
+    """
+    over = axes.mesh_axes("length")
+    if not over:
+        return function(queries, keys)
+    arrays, specs = {"queries": queries, "keys": keys}, ("batch", "length")
+
+    def local(arrays):
+        gather = functools.partial(jax.lax.all_gather, axis_name=over, axis=1, tiled=True)
+        return function(arrays["queries"], jax.tree.map(gather, arrays["keys"]))
+
+    places = jax.tree.map(lambda x: specs + (None,) * (x.ndim - 2), arrays)
+    return axes.shard_map(local, over=over, inputs=(places,), outputs=(*specs, None, None))(arrays)
