@@ -65,9 +65,7 @@ def expected():
     return value_and_gradient(scan=False)
 
 
-@pytest.mark.parametrize(
-    ("scan", "remat"), [(True, "none"), (False, "full"), *((True, policy) for policy in POLICIES)]
-)
+@pytest.mark.parametrize(("scan", "remat"), [(True, "none"), (False, "full"), *((True, policy) for policy in POLICIES)])
 def test_scan_and_remat_change_nothing(expected, scan, remat):
     got = value_and_gradient(scan=scan, remat=remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, abs(b).max())), got, expected)
@@ -84,14 +82,31 @@ def test_layers_know_their_index_and_have_their_own_noise():
 
 
 def test_remat_keeps_less():
+    x_BTD = jax.ShapeDtypeStruct((2, 64, D), jnp.float32)
+
+    def gradient(remat):
+        graph, params = split(remat=remat, scan=True, depth=16)
+
+        def loss(params, x_BTD):
+            ctx = Context.of(x_BTD[..., 0], key=jax.random.key(0))
+            return jnp.mean(nnx.merge(graph, params)(x_BTD, ctx)[0])
+
+        return loss, params
+
     def kept(remat):
-        graph, params = split(remat=remat, scan=True, depth=8)
-        x_BTD = jnp.zeros((2, T, D))
-        ctx = Context.of(x_BTD[..., 0], key=jax.random.key(0))
-        residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: nnx.merge(graph, p)(x_BTD, ctx)[0], p)[1], params)
+        loss, params = gradient(remat)
+        residuals = jax.eval_shape(lambda *a: jax.vjp(loss, *a)[1], params, x_BTD)
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
-    assert kept("full") < kept("branches") < kept("none")
+    def used(remat):
+        loss, params = gradient(remat)
+        return jax.jit(jax.grad(loss)).lower(params, x_BTD).compile().memory_analysis().temp_size_in_bytes
+
+    order = ["full", "branches", "matmul_half", "dots_no_batch", "dots", "none"]
+    sizes = [kept(remat) for remat in order]
+    assert sizes == sorted(set(sizes)), dict(zip(order, sizes))
+    # What the compiler sets aside for the scanned program falls in the same order.
+    assert used("full") < used("matmul_half") < used("none")
 
 
 def test_stacked_parameters_are_named_and_differ_by_layer():
