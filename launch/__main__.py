@@ -8,9 +8,9 @@ import traceback
 import types
 import typing
 
-from launch import distributed
+from launch import distributed, simulated
 from maxlike import catalog
-from maxlike.errors import UserError
+from maxlike.errors import Failed, UserError
 
 EPILOG = """Begin with `python -m launch --experiment quickstart`. A job's own parameters are plain flags:
 `--job generate --prompt "It is a truth"`, `--job data --step 100`; `--experiment E --job NAME --help` shows them. --set
@@ -129,6 +129,7 @@ def _run(argv: list[str]) -> None:
     catalog.find("job", arguments.job)
     from launch import environment
 
+    simulated.prepare(arguments.job)
     environment.prepare(arguments.xla)
     import absl.flags
 
@@ -154,6 +155,9 @@ def main() -> int:
     except UserError as error:
         code, why = 2, str(error)
         print(f"maxlike: {error}", file=sys.stderr)
+    except Failed as answer:
+        code, why = 1, str(answer)
+        print(f"maxlike: {answer}", file=sys.stderr)
     except KeyboardInterrupt:
         code, why = 130, "interrupted"
         print("maxlike: interrupted", file=sys.stderr)
