@@ -15,12 +15,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from maxlike.errors import UserError
+from maxlike.errors import TRY_AGAIN, UserError
 
 BEAT = 2.0  # seconds between signs of life
 SILENCE = 60.0  # seconds without one after which a process counts as gone: below jax's 100 s, so that ours speaks first
 GRACE = 2.0  # seconds that a process has to report an error of its own before another's is taken for the cause
-GONE = 75  # exit code: EX_TEMPFAIL of sysexits.h, the same command may succeed when run again
 LONGEST = 1 << 16  # bytes of a message; whoever sends more is not one of us
 
 
@@ -180,8 +179,8 @@ class Peers:
     """Watches the lines {process: line}: in process 0 those to all others, elsewhere the one to process 0, which passes
     on what it learns.
 
-    stop: called with a sentence and an exit code, from another thread, when a process is gone (code `GONE`) or stopped
-        with an error (its own code); it should end this process.
+    stop: called with a sentence and an exit code, from another thread, when a process is gone (code `TRY_AGAIN`) or
+        stopped with an error (its own code); it should end this process.
     """
 
     def __init__(
@@ -220,7 +219,7 @@ class Peers:
                         line.send(beat=1)
                 for line in self._lines.values():
                     if not line.left and now - line.heard > self._silence:
-                        self._lost(line, f"has not been heard of for {now - line.heard:.0f} s", GONE)
+                        self._lost(line, f"has not been heard of for {now - line.heard:.0f} s", TRY_AGAIN)
 
     def _hear(self, line: Line) -> bool:
         """Takes what arrived on a line; whether it is still open."""
@@ -230,7 +229,7 @@ class Peers:
             messages = None
         if messages is None:
             if not line.left:
-                self._lost(line, "is gone: killed, crashed or cut off", GONE)
+                self._lost(line, "is gone: killed, crashed or cut off", TRY_AGAIN)
             return False
         for message in messages:
             if "stop" in message and not self._over.wait(float(message["grace"])):
@@ -246,7 +245,7 @@ class Peers:
         with an error, which this process may be about to report itself."""
         line.left = True
         sentence = f"{line.peer} of {self._processes} {how}"
-        grace = 0.0 if code == GONE else GRACE
+        grace = 0.0 if code == TRY_AGAIN else GRACE
         for other in self._lines.values():
             if other is not line:
                 other.send(stop=sentence, code=code, grace=grace)

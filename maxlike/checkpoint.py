@@ -91,8 +91,9 @@ class Store:
         return files.steps(self.directory)
 
     def latest(self) -> int | None:
-        """The newest finished checkpoint, or None."""
-        return max(self.steps(), default=None)
+        """The newest finished checkpoint, or None: as process 0 sees it, which gives checkpoints their names. Every
+        process must ask."""
+        return _agreed(max(self.steps(), default=None))
 
     def save(self, step: int, state: PyTree, metadata: dict, metrics: dict[str, float] | None = None) -> None:
         """Saves `state` after `step` updates; returns once the state is on the host, so it may then be donated.
@@ -102,9 +103,10 @@ class Store:
         anything else is raised. Steps above `step` belong to a future that was given up: once this save is whole they
         are removed.
         """
+        self._wait_for_the_last_save(step)
+        self._current = _agreed(self._current)  # process 0 may have failed to name what the others have written
         if step == self._current:
             return
-        self._wait_for_the_last_save(step)
         flat = checkpoint_tree.flatten(state)
         tree = {path: checkpoint_tree.describe(path, leaf) for path, leaf in flat.items()}
         target = self.directory / f"{step}.unfinished"
@@ -121,25 +123,32 @@ class Store:
             self.wait()
 
     def restore(
-        self, abstract_state: PyTree, expected: Expected, step: int | None = None, allow: Collection[str] = ()
+        self,
+        abstract_state: PyTree,
+        expected: Expected,
+        step: int | None = None,
+        allow: Collection[str] = (),
+        without: Collection[str] = (),
     ) -> tuple[PyTree, dict]:
         """(state, metadata) of `step`, by default of the newest intact checkpoint, telling which were passed over.
 
         abstract_state: jax.ShapeDtypeStructs with shardings (any mesh; without one, the default device), NumPy arrays
             and Python numbers. expected: fingerprints that must be as saved, unless their names are in `allow` or in
-            Checkpoints.allow_changed; a function where they depend on the step.
+            Checkpoints.allow_changed; a function where they depend on the step. without: trees of the saved state, such
+            as 'opt', that are not in `abstract_state` and stay on disk.
         Raises UserError where no checkpoint is intact, a fingerprint changed, or a path, shape or dtype differs.
         """
         self.wait()
         step, damaged = self._choose(step)
         record = files.read_record(self.directory / str(step))
         prints = expected(step) if callable(expected) else expected
-        _check_fingerprints(
+        checkpoint_tree.check_fingerprints(
             step, record.metadata.get("fingerprints", {}), prints, {*allow, *self._policy.allow_changed}
         )
         flat = checkpoint_tree.flatten(abstract_state)
         wanted = {path: checkpoint_tree.describe(path, leaf) for path, leaf in flat.items()}
-        table = checkpoint_tree.difference(record.tree, wanted)
+        saved = {path: leaf for path, leaf in record.tree.items() if path.partition("/")[0] not in without}
+        table = checkpoint_tree.difference(saved, wanted)
         if table:
             raise UserError(
                 f"checkpoint {step} in {self.directory} is of another model or optimizer: use the experiment that "
@@ -207,7 +216,7 @@ class Store:
     def _failed(self, step: int, error: Exception) -> None:
         self.failures += 1
         reason = re.sub(r"\s*\[tensorstore_spec=.*", "", str(error), flags=re.DOTALL)
-        last = self.latest()
+        last = max(self.steps(), default=None)
         self._say(
             f"the checkpoint of step {step} could not be saved ({type(error).__name__}: {reason}); training goes on, "
             f"{'there is no checkpoint yet' if last is None else f'the last good one is step {last}'}; free some space"
@@ -234,11 +243,11 @@ class Store:
 
     def _choose(self, step: int | None) -> tuple[int, list[int]]:
         """The step to restore and the newer ones that are damaged. Process 0 decides, so that all restore the same."""
-        if step is not None and step not in self.steps():
+        chosen, damaged, reasons = None, [], []
+        if step is not None and not _agreed(int(step in self.steps())):
             raise UserError(
                 f"there is no checkpoint of step {step} in {self.directory}: it has the steps {self.steps()}"
             )
-        chosen, damaged, reasons = -1, [], []
         if jax.process_index() == 0:
             for candidate in reversed(self.steps()) if step is None else [step]:
                 reason = manifest.damage(self.directory / str(candidate))
@@ -247,9 +256,8 @@ class Store:
                     break
                 damaged.append(candidate)
                 reasons.append(f"checkpoint {candidate} is damaged: {reason}")
-        if jax.process_count() > 1:
-            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
-        if chosen < 0:
+        chosen = _agreed(chosen)
+        if chosen is None:
             found = "; ".join(reasons) or "there is none"
             raise UserError(
                 f"no checkpoint to restore in {self.directory} ({found}): bring back a good copy of one, or "
@@ -273,13 +281,9 @@ class Store:
                     shutil.rmtree(path, ignore_errors=True)
 
 
-def _check_fingerprints(step: int, saved: dict[str, Any], expected: dict[str, Any], allowed: set[str]) -> None:
-    for name, value in expected.items():
-        if step == 0 and name not in saved:
-            continue  # imported weights have seen no data of ours
-        if name not in allowed and saved.get(name) != value:
-            raise UserError(
-                f"the {name} changed since checkpoint {step} was saved (then {saved.get(name, 'not recorded')}, "
-                f"now {value}): bring back the old one, or go on regardless with "
-                f"--set checkpoint.Checkpoints.allow_changed=\"('{name}',)\""
-            )
+def _agreed(step: int | None) -> int | None:
+    """What process 0 says, on all processes: each sees the directory at a time of its own."""
+    if jax.process_count() == 1:
+        return step
+    said = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if said < 0 else said

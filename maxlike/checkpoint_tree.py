@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from maxlike.errors import UserError
+
 PyTree = Any
 SHOWN = 20  # rows of each kind in a table of differences; a wrong width differs in hundreds
 
@@ -103,3 +105,16 @@ def difference(saved: dict[str, Leaf], wanted: dict[str, Leaf]) -> str | None:
             rows.append((kind, f"... and {len(found) - SHOWN} more", "", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def check_fingerprints(step: int, saved: dict[str, Any], expected: dict[str, Any], allowed: set[str]) -> None:
+    """Raises UserError where a fingerprint {name: JSON} differs from that of checkpoint `step` and may not."""
+    for name, value in expected.items():
+        if step == 0 and name not in saved:
+            continue  # imported weights have seen no data of ours
+        if name not in allowed and saved.get(name) != value:
+            raise UserError(
+                f"the {name} changed since checkpoint {step} was saved (then {saved.get(name, 'not recorded')}, "
+                f"now {value}): bring back the old one, or go on regardless with "
+                f"--set checkpoint.Checkpoints.allow_changed=\"('{name}',)\""
+            )

@@ -9,3 +9,8 @@ class UserError(ValueError):
 class Failed(Exception):
     """A job that ran to its end and whose answer is no: what it was asked to prove does not hold. The command line
     prints the sentence and exits with code 1."""
+
+
+TRY_AGAIN = 75
+"""Exit code (EX_TEMPFAIL of sysexits.h) of a process that stopped for a cause outside it, such as another process that
+vanished: the same command, run again, goes on from the last checkpoint."""

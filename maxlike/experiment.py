@@ -18,6 +18,7 @@ from maxlike.model import AbstractModel
 from maxlike.schedules import Clock
 from maxlike.sharding import Mesh
 from maxlike.step import Step
+from maxlike.watchdog import Watchdog
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,6 +36,7 @@ class Experiment:
     checkpoints: when to save and what to keep. hooks: called after every step.
     products: `network -> network`, such as layers.low_precision.Float8: how its matrix products are computed; None: in
         the step's compute dtype.
+    watchdog: when a step that takes long is recorded, and whether that ends the run.
     warm_start: `(state, abstract state, say) -> state`, such as WarmStart or Upcycle: parameters of another run
         to begin with, or None.
     config: the `maxlike.config.Configuration` it was loaded from; None where it was built in Python.
@@ -54,6 +56,7 @@ class Experiment:
     step: Step = dataclasses.field(default_factory=Step)
     checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
     hooks: tuple[Hook, ...] = ()
+    watchdog: Watchdog = dataclasses.field(default_factory=Watchdog)
     products: Callable | None = None
     warm_start: Callable | None = None
     config: Any = None

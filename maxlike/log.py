@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -58,6 +59,13 @@ class Log:
         """One sentence for a person."""
         if self._chief:
             self._console.say(sentence)
+
+    def alarm(self, sentence: str) -> None:
+        """One sentence that concerns this process, whichever it is."""
+        if self._chief:
+            self._console.say(sentence)
+        else:
+            print(f"process {jax.process_index()}: {sentence}", file=sys.stderr, flush=True)
 
     def config(self, configuration: Configuration) -> None:
         """Keeps the operative configuration in the run; `--experiment RUN/config.gin` reruns it."""

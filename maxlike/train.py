@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import importlib.metadata
 import pathlib
 import re
 import time
@@ -19,7 +18,9 @@ from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.log import Log
 from maxlike.program import Program
+from maxlike.revision import revision
 from maxlike.run_dir import RunDirectory
+from maxlike.watchdog import Watch
 
 AGREE_EVERY = 10  # steps between the agreements of several processes on whether to stop
 
@@ -52,7 +53,7 @@ class Training:
             "next_step": step,
             "fingerprints": self.batches.identity(step),
             "config": self.experiment.config.operative if self.experiment.config else "",
-            "code": importlib.metadata.version("maxlike"),
+            "code": revision(),
             "dropped": sorted(self.dropped),
         }
         self.store.save(step, state, metadata, self.validation)
@@ -65,13 +66,16 @@ class Training:
         return metadata["next_step"], state
 
     def _tell_what_changed(self, metadata: dict) -> None:
-        """Settings may differ from those a checkpoint was trained with, but not without a word."""
+        """Code and settings may differ from those a checkpoint was trained with, but not without a word."""
+        step, code = metadata["next_step"], metadata["code"]
+        if code != revision():
+            self.log.say(f"changed since the checkpoint of step {step}: the code was {code}, now {revision()}")
         if self.experiment.config is None or not metadata["config"]:
             return
         then, now = (set(_bindings(text)) for text in (metadata["config"], self.experiment.config.operative))
         for sign, lines in (("was", then - now), ("now", now - then)):
             for line in sorted(lines):
-                self.log.say(f"changed since the checkpoint of step {metadata['next_step']}, {sign}: {line}")
+                self.log.say(f"changed since the checkpoint of step {step}, {sign}: {line}")
 
     def initial(self) -> dict:
         """The state of step 0, with another run's parameters where the experiment asks for them."""
@@ -142,21 +146,23 @@ def _train(training: Training) -> None:
         log.say(f"resuming {training.run.path} after step {step}")
     for hook in experiment.hooks:
         hook.open(training)
-    with interrupt.listening():
-        _loop(training, step_function, step, state)
+    watchdog = experiment.watchdog.over(training.run.path / "traces", step_function, program.layout.mesh, log.alarm)
+    with interrupt.listening(), watchdog as watch:
+        _loop(training, step_function, step, state, watch)
 
 
-def _loop(training: Training, step_function: jax.stages.Compiled, step: int, state: dict) -> None:
+def _loop(training: Training, step_function: jax.stages.Compiled, step: int, state: dict, watch: Watch) -> None:
     """Steps until the last one or a request to stop, going back where the guard asks for it."""
     experiment, log = training.experiment, training.log
     log.resume(step)
     rewinds, stopped, rewound_to = 0, False, -1
     while step < experiment.steps and not stopped:
         try:
-            step, state, stopped = _steps(training, step_function, step, state)
+            step, state, stopped = _steps(training, step_function, step, state, watch)
         except Rewind as bad:
-            training.store.wait()
-            step, state = training.begin()
+            with watch("checkpoint", bad.step):
+                training.store.wait()
+                step, state = training.begin()
             rewinds, rewound_to = (rewinds + 1 if step == rewound_to else 1), step
             if rewinds > experiment.step.guard.patience:
                 raise UserError(f"{bad}; rewinding {rewinds - 1} times did not help: lower the learning rate") from None
@@ -177,7 +183,9 @@ def _loop(training: Training, step_function: jax.stages.Compiled, step: int, sta
     log.finish()
 
 
-def _steps(training: Training, step_function: jax.stages.Compiled, step: int, state: dict) -> tuple[int, dict, bool]:
+def _steps(
+    training: Training, step_function: jax.stages.Compiled, step: int, state: dict, watch: Watch
+) -> tuple[int, dict, bool]:
     """The inner loop: (step, state, whether a request to stop ended it). Step k + 1 is dispatched before the metrics of
     step k are read."""
     experiment, log, program = training.experiment, training.log, training.program
@@ -185,20 +193,27 @@ def _steps(training: Training, step_function: jax.stages.Compiled, step: int, st
     with training.batches.iterate(step, host=jax.process_index(), hosts=jax.process_count()) as rows:
         stop = False
         while step < experiment.steps and not stop:
-            waited = time.monotonic()
-            batch = next(rows)
-            waited = time.monotonic() - waited
-            state, metrics = step_function(state, program.put(batch), allowed[step not in training.dropped])
             step += 1
-            log.step(step, metrics, waited)
+            waited = time.monotonic()
+            with watch("data", step):
+                batch = next(rows)
+            waited = time.monotonic() - waited
+            with watch("step", step):
+                allow = allowed[step - 1 not in training.dropped]
+                state, metrics = step_function(state, program.put(batch), allow)
+                log.step(step, metrics, waited)
             _judge(training)
-            for hook in experiment.hooks:
-                hook(step, state, metrics)
-            stop = _asked_to_stop(step)  # asked once a step, so that stopping and saving go together
+            with watch("hooks", step):
+                for hook in experiment.hooks:
+                    hook(step, state, metrics)
+            with watch("sync", step):
+                stop = _asked_to_stop(step)  # asked once a step, so that stopping and saving go together
             if stop or experiment.checkpoints.due(step) or step == experiment.steps:
-                log.flush()
+                with watch("sync", step):
+                    log.flush()
                 _judge(training)  # a state that a rewind would leave is not worth keeping
-                training.save(step, state)
+                with watch("checkpoint", step):
+                    training.save(step, state)
     log.flush()
     _judge(training)
     return step, state, stop

@@ -1,6 +1,5 @@
 """`--job import`: a checkpoint of another library becomes step 0 of a run."""
 
-import importlib.metadata
 import inspect
 import pathlib
 import shutil
@@ -19,6 +18,7 @@ from maxlike.convert.tensor_files import TensorFiles, without
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.program import Program
+from maxlike.revision import revision
 from maxlike.run_dir import RunDirectory
 
 KEPT = "pretrained"  # folder of a run with the files that came beside the weights
@@ -57,7 +57,7 @@ def import_weights(experiment: Experiment, run_dir: pathlib.Path, *, source: str
             "next_step": 0,
             "fingerprints": {"tokenizer": experiment.data.tokenizer.fingerprint},
             "config": experiment.config.operative if experiment.config else "",
-            "code": importlib.metadata.version("maxlike"),
+            "code": revision(),
             "dropped": [],
         }
         store.save(0, state, metadata)

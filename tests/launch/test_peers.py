@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from launch import peers
-from launch.peers import GONE, Line, Peers
-from maxlike.errors import UserError
+from launch.peers import Line, Peers
+from maxlike.errors import TRY_AGAIN, UserError
 
 
 class Job:
@@ -62,7 +62,7 @@ def test_a_process_that_vanishes_is_named_to_all_others():
     ends = sorted(job.end() for _ in range(3))
     assert [end[0] for end in ends] == [0, 1, 3]
     for _, sentence, code in ends:
-        assert code == GONE
+        assert code == TRY_AGAIN
         assert sentence.startswith(f"process 2 (pid {os.getpid()} on {socket.gethostname()}) of 4 is gone")
     job.close()
 
@@ -93,7 +93,7 @@ def test_a_goodbye_is_no_loss_and_an_error_is_passed_on():
 def test_a_silent_process_is_given_up():
     job = Job(2, silence=0.4, watched=[0])
     process, sentence, code = job.end()
-    assert (process, code) == (0, GONE)
+    assert (process, code) == (0, TRY_AGAIN)
     assert sentence.startswith("process 1 ") and "has not been heard of for" in sentence
     job.close()
 
