@@ -182,9 +182,21 @@ def _install(network: Any, product: Callable, left_alone: Callable) -> Any:
 
 def refuse_device(name: str, how: Arithmetic) -> None:
     """Raises ValueError where the device that a program is traced for cannot multiply in these dtypes."""
-    kind, device = ("Int8" if how.forward == jnp.int8 else "Float8"), axes.device()
-    if how.emulate or device.platform != kernels.platform():  # compiled for a device that is not here: not known
-        return
+    kind = "Int8" if how.forward == jnp.int8 else "Float8"
+    wanted = None if how.emulate else missing(kind)
+    if wanted is not None:
+        raise ValueError(
+            f"{kind} ({name}) needs {wanted} and this is {axes.device().device_kind!r}: set {kind}.emulate=True for "
+            "the same numbers at no gain, or Experiment.products=None for the compute dtype"
+        )
+
+
+def missing(kind: Literal["Float8", "Int8"]) -> str | None:
+    """What the device that a program is traced for would have to be; None where it can multiply so, and where it is not
+    here (a program compiled for another platform)."""
+    device = axes.device()
+    if device.platform != kernels.platform():
+        return None
     if device.platform == "gpu":
         needed = (7, 5) if kind == "Int8" else (8, 9)
         found = re.fullmatch(r"(\d+)\.(\d+)", str(device.compute_capability))
@@ -196,8 +208,4 @@ def refuse_device(name: str, how: Arithmetic) -> None:
         capable, wanted = found is not None and int(found[1]) >= needed, f"a TPU of generation {needed} or above"
     else:
         capable, wanted = False, "a GPU or TPU"
-    if not capable:
-        raise ValueError(
-            f"{kind} ({name}) needs {wanted} and this is {device.device_kind!r}: set {kind}.emulate=True for the same "
-            "numbers at no gain, or Experiment.products=None for the compute dtype"
-        )
+    return None if capable else wanted

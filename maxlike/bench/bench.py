@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal
 
-from maxlike.bench import data, decode, loop, moe, record, recurrence, start, torch_llama, train, whole
+from maxlike.bench import data, decode, loop, moe, precision, record, recurrence, start, torch_llama, train, whole
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 
@@ -18,6 +18,8 @@ BENCHMARKS: dict[str, Callable[[Experiment, int, int], record.Result]] = {
     "decode": decode.measure,
     "moe": moe.measure,
     "recurrence": recurrence.measure,
+    "precision": precision.measure,
+    "precision_loss": precision.measure_loss,
 }
 
 
@@ -26,7 +28,18 @@ def bench(
     run_dir: pathlib.Path | None = None,
     *,
     name: Literal[
-        "all", "torch_llama", "loop", "start", "data", "train", "whole", "decode", "moe", "recurrence"
+        "all",
+        "torch_llama",
+        "loop",
+        "start",
+        "data",
+        "train",
+        "whole",
+        "decode",
+        "moe",
+        "recurrence",
+        "precision",
+        "precision_loss",
     ] = "all",
     repeats: int = 5,
     steps: int = 20,
@@ -38,7 +51,8 @@ def bench(
     (command to first step), data (building layers, reading batches), train (tokens/s and MFU of the experiment), whole
     (the experiment from command to report), decode (a decoding step against the reads of its weights), moe (a mixture
     of experts against a dense model of the same active FLOPs), recurrence (linear mixers against softmax attention, by
-    length), or all of them.
+    length), precision (eight-bit products against bfloat16: tokens/s), precision_loss (the same: what the experiment
+    learns; each of the repeats is another seed), or all of them.
     repeats: processes or passes of each. steps: timed steps in each. out: folder of the records.
     """
     if repeats < 1 or steps < 3:

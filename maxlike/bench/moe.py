@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,8 @@ from layers.routers import TopK
 from layers.stack import Stack
 from maxlike import config
 from maxlike.bench.record import Quantity, Result
-from maxlike.bench.timed import device_word, random_batch
+from maxlike.bench.timed import Steps, device_word
 from maxlike.experiment import Experiment
-from maxlike.program import Program
 
 DIM, DEPTH, HEADS, VOCAB, BATCH, LENGTH = 256, 4, 4, 4096, 4, 1024
 EXPERTS, TOP_K, WIDTH = 8, 2, 512
@@ -58,7 +56,7 @@ def measure(experiment: Experiment, repeats: int, steps: int) -> Result:
     """`repeats` x `steps` pairs of steps, one of each model in turn in one process, so that what else the machine does
     falls on both alike; the experiment that the job was given does not matter here."""
     pair = experiments()
-    runs = {name: _Steps(one) for name, one in pair.items()}
+    runs = {name: Steps(one) for name, one in pair.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats * steps):
         for name, run in runs.items():
@@ -83,25 +81,6 @@ def measure(experiment: Experiment, repeats: int, steps: int) -> Result:
         "gradient_bytes": {str(SMALL): small, str(LARGE): large},
     }
     return Result("moe", device_word(), quantities, details)
-
-
-class _Steps:
-    """The compiled training step of an experiment with its state; each call is one step, and how long it took."""
-
-    def __init__(self, experiment: Experiment, warm_up: int = 2):
-        program = Program.of(experiment, experiment.mesh.open())
-        batch = random_batch(experiment, VOCAB)
-        self.step = program.lower_step(batch).compile()
-        self.state, self.batch = program.init(), program.put(batch)
-        self.allow = jax.device_put(np.bool_(True), program.layout.replicated)
-        for _ in range(warm_up):
-            self()
-
-    def __call__(self) -> float:
-        began = time.perf_counter()
-        self.state, metrics = self.step(self.state, self.batch, self.allow)
-        jax.block_until_ready((self.state, metrics))
-        return time.perf_counter() - began
 
 
 def gradient_bytes(tokens: int) -> int:

@@ -23,22 +23,41 @@ def random_batch(experiment: Experiment, vocab: int) -> dict[str, np.ndarray]:
     }
 
 
-def step_seconds(experiment: Experiment, steps: int, warm_up: int = 2) -> list[float]:
-    """Seconds of each of `steps` training steps, each waited for, after `warm_up` that do not count."""
-    program = Program.of(experiment, experiment.mesh.open())
-    step = program.lower_step(random_batch(experiment, experiment.bare().vocab)).compile()
-    state = program.init()
-    batch = program.put(random_batch(experiment, experiment.bare().vocab))
-    allow = jax.device_put(np.bool_(True), program.layout.replicated)
-    seconds = []
-    for _ in range(warm_up + steps):
+class Steps:
+    """The compiled training step of an experiment with its state, on random tokens, after `warm_up` calls; each call is
+    one step and gives its seconds.
+
+    compiled: the step. After the last call `check` refuses a loss that is not finite.
+    """
+
+    def __init__(self, experiment: Experiment, warm_up: int = 2):
+        program = Program.of(experiment, experiment.mesh.open())
+        batch = random_batch(experiment, experiment.bare().vocab)
+        self.compiled = program.lower_step(batch).compile()
+        self._state, self._batch = program.init(), program.put(batch)
+        self._allow = jax.device_put(np.bool_(True), program.layout.replicated)
+        self._metrics: dict[str, jax.Array] = {}
+        for _ in range(warm_up):
+            self()
+
+    def __call__(self) -> float:
         began = time.perf_counter()
-        state, metrics = step(state, batch, allow)
-        jax.block_until_ready((state, metrics))
-        seconds.append(time.perf_counter() - began)
-    if not np.isfinite(float(metrics["loss"])):
-        raise FloatingPointError(f"the loss became {float(metrics['loss'])}: these seconds measure nothing")
-    return seconds[warm_up:]
+        self._state, self._metrics = self.compiled(self._state, self._batch, self._allow)
+        jax.block_until_ready((self._state, self._metrics))
+        return time.perf_counter() - began
+
+    def check(self) -> None:
+        loss = float(self._metrics["loss"])
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss}: these seconds measure nothing")
+
+
+def step_seconds(experiment: Experiment, steps: int) -> list[float]:
+    """Seconds of each of `steps` training steps, each waited for."""
+    run = Steps(experiment)
+    seconds = [run() for _ in range(steps)]
+    run.check()
+    return seconds
 
 
 def device_word() -> str:
