@@ -92,15 +92,26 @@ class LanguageModel(nnx.Module):
             return None
         return sum((tokens_BT >= start).astype(jnp.int32) for start in self.modality_starts)
 
-    def __call__(self, tokens_BT: jax.Array, ctx: Context) -> Output:
+    def context(self, tokens_BT: jax.Array, ctx: Context) -> Context:
+        """What the layers read of a call on these tokens."""
         if ctx.source is not None:
             raise ValueError(
                 "LanguageModel does not read Context.source: drop the batch's `sources` fields, or use EncoderDecoder"
             )
-        ctx = ctx.replace(modality_BT=self.modality(tokens_BT), modalities=self.modalities)
-        x_BTD = axes.constrain(self.embed(tokens_BT, ctx), *RESIDUAL)
-        x_BTD, aux = self.stack(x_BTD, ctx)
-        return Output(axes.constrain(self._hidden(x_BTD), *WHOLE), aux)
+        return ctx.replace(modality_BT=self.modality(tokens_BT), modalities=self.modalities)
+
+    def enter(self, tokens_BT: jax.Array, ctx: Context) -> jax.Array:
+        """What the stack begins with, [B, T, D]."""
+        return axes.constrain(self.embed(tokens_BT, ctx), *RESIDUAL)
+
+    def leave(self, x_BTD: jax.Array) -> jax.Array:
+        """hidden_BTD of what the stack ends with."""
+        return axes.constrain(self._hidden(x_BTD), *WHOLE)
+
+    def __call__(self, tokens_BT: jax.Array, ctx: Context) -> Output:
+        ctx = self.context(tokens_BT, ctx)
+        x_BTD, aux = self.stack(self.enter(tokens_BT, ctx), ctx)
+        return Output(self.leave(x_BTD), aux)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, padded_vocab] of any chunk of hidden states."""

@@ -175,7 +175,8 @@ class Layout:
             if size % parts:
                 raise UserError(
                     f"{name}: its dimension {logical!r} of size {size} does not divide over "
-                    f"{' x '.join(f'{t}={self.mesh.shape[t]}' for t in targets)}; change {SIZES.get(logical, 'that size')} or Mesh.shape"
+                    f"{' x '.join(f'{t}={self.mesh.shape[t]}' for t in targets)}; "
+                    f"change {SIZES.get(logical, 'that size')} or Mesh.shape"
                 )
             entries.append(targets if len(targets) > 1 else targets[0] if targets else None)
         return PartitionSpec(*entries)

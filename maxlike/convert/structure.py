@@ -21,7 +21,8 @@ from maxlike.errors import UserError
 # bias is no setting but belongs to the buffer, and is not compared either.)
 INERT = frozenset(
     [
-        "Stack.remat", "Stack.scan", "Stack.repeats", "LanguageModel.padded_vocab", "EncoderDecoder.padded_vocab",
+        "Stack.remat", "Stack.scan", "Stack.repeats", "Stack.pipeline", "LanguageModel.padded_vocab",
+        "EncoderDecoder.padded_vocab",
         "Embed.gradient_scale", "MoE.losses", "TopK.jitter", "TopK.expected", "Mamba2.chunk", "GatedDeltaNet.chunk",
     ]
 )  # fmt: skip

@@ -66,7 +66,9 @@ def cross_entropy(
     (0 or 1) that are to be summed by themselves; None: no parts.
     """
     hidden_BTD = axes.constrain(hidden_BTD, "batch", "length", "act_embed")
-    over = tuple(dict.fromkeys(axes.mesh_axes("batch") + axes.mesh_axes("length")))
+    # Inside another shard_map (a stage of a pipeline) chunks are of all rows: `logits` is traced there, and what is
+    # traced in one shard_map cannot run in a second one.
+    over = () if axes.nested() else tuple(dict.fromkeys(axes.mesh_axes("batch") + axes.mesh_axes("length")))
     cut = axes.shards("length")
     rows, length = hidden_BTD.shape[0] // axes.shards("batch"), hidden_BTD.shape[1] // cut  # on a device
     if chunk is None:
@@ -81,7 +83,8 @@ def cross_entropy(
     # Arrays that `logits` closes over (the head, a tied table) become arguments, so that they get gradients. It is
     # traced for one chunk of one device, and placed when that runs.
     with axes.place_with(None):
-        function, closed_over = jax.closure_convert(logits, hidden_BTD[:rows, :size])
+        one_chunk = hidden_BTD[:rows, :size] if over else hidden_BTD[:, : -(-hidden_BTD.shape[1] // chunks)]
+        function, closed_over = jax.closure_convert(logits, one_chunk)
     total, sums = _summed(function, z_loss, chunks, over, batch, closed_over)
     return total, jax.lax.stop_gradient(sums)
 
@@ -99,7 +102,10 @@ def _chunk(logits, targets, weights, parts):
     exponentials = jnp.exp(logits - top[..., None])
     normaliser = jnp.sum(exponentials, axis=-1)
     log_z = top + jnp.log(normaliser)
-    gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    if axes.mesh_axes("act_vocab"):  # XLA's partitioner fails on a look-up along it inside a shard_map
+        gold = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0.0), axis=-1)
+    else:
+        gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
     def weighted(x):
         return jnp.where(weights != 0, x, 0.0) * weights  # a masked target may be no token at all

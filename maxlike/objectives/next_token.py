@@ -50,12 +50,16 @@ class NextToken:
         return self.score(model, batch, self.run(model, batch, context_of(batch, key)))
 
     def run(self, model: Any, batch: dict[str, jax.Array], context: Context) -> Output:
-        """The model's output on the batch. Raises UserError for a model whose tokens see the ones to predict."""
+        """The model's output on the batch."""
+        self.check(model)
+        return model(batch["inputs"], context)
+
+    def check(self, model: Any) -> None:
+        """Raises UserError for a model whose tokens see the ones to predict."""
         if isinstance(model, LanguageModel | EncoderDecoder) and not model.causal:
             raise UserError(
                 f"{type(self).__name__} needs a causal model: set Attention.causal = True, or take MaskedTokens."
             )
-        return model(batch["inputs"], context)
 
     def score(self, model: Any, batch: dict[str, jax.Array], output: Output) -> tuple[Mean, dict[str, Mean]]:
         """Loss and metrics of an output."""
