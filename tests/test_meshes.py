@@ -1,0 +1,125 @@
+"""Every family on every mesh computes what it computes on one device: losses and gradients over five steps.
+
+ROWS holds one line a (family, mesh): add yours there. `pytest -m meshes tests/test_meshes.py` runs all of them.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from layers import kernels
+from maxlike import config
+from maxlike.program import Program
+from maxlike.sharding import path_names
+
+ROWS_, LENGTH, STEPS, VOCAB = 8, 32, 5, 256
+# Adam divides by the root of the second moment: with the usual epsilon a gradient of rounding errors becomes a step.
+SHRUNK = (
+    f"vocab = {VOCAB}",
+    f"steps = {STEPS}",
+    "dim = 32",
+    "width = 64",
+    f"experiment.Experiment.batch_size = {ROWS_}",
+    f"experiment.Experiment.sequence_length = {LENGTH}",
+    "experiment.Experiment.optimizer = @adamw.AdamW()",
+    "adamw.AdamW.eps = 0.001",
+    "others/schedules.WSD.lr = 0.001",
+    "stack.Stack.scan = True",
+)
+FAMILIES = {
+    "transformer": ("heads = 8", "depth = 4", "attention.Attention.kv_heads = 4"),
+    "linear_attention": ("heads = 8", "depth = 2", "layers = 3"),
+    "mamba_hybrid": (
+        "heads = 8",
+        "depth = 3",
+        "mamba2.Mamba2.head_dim = 8",
+        "mamba2.Mamba2.state = 8",
+        "mla.MLA.kv_rank = 8",
+        "mla.MLA.nope_dim = 4",
+        "mla.MLA.rope_dim = 4",
+        "mla.MLA.value_dim = 4",
+    ),
+    "moe": ("heads = 8", "depth = 2", "expert_width = 16"),
+    "moma": ("heads = 8", "depth = 2", "first_image_id = 160", "norm.RMSNorm.eps = 0.001"),
+}
+MESHES = {
+    "data": ("mesh/data", ()),
+    "fsdp": ("mesh/fsdp", ()),
+    "hsdp": ("mesh/hsdp", ()),
+    "tensor": ("mesh/tensor", ("sharding.Mesh.shape = {'tensor': 4}",)),
+    "fsdp_tp": ("mesh/fsdp_tp", ()),
+    "hsdp_tp": ("mesh/hsdp_tp", ()),
+}
+FAST = {("transformer", "hsdp_tp"), ("moe", "fsdp_tp")}
+ROWS = [
+    pytest.param(family, mesh, marks=() if (family, mesh) in FAST else pytest.mark.meshes)
+    for mesh in MESHES
+    for family in FAMILIES
+]
+
+
+def batch(step: int) -> dict[str, np.ndarray]:
+    """Rows of a few documents with padding behind them; some targets are masked, more in some rows than in others."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, VOCAB, (ROWS_, LENGTH + 1)).astype(np.int32)
+    segments = 1 + np.cumsum(rng.random((ROWS_, LENGTH)) < 0.1, 1)
+    segments = np.where(np.arange(LENGTH) < rng.integers(LENGTH // 2, LENGTH + 1, (ROWS_, 1)), segments, 0)
+    begins = np.diff(segments, axis=1, prepend=-1) != 0
+    index = np.arange(LENGTH)
+    positions = index - np.maximum.accumulate(np.where(begins, index, 0), 1)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": segments.astype(np.int32),
+        "positions": positions.astype(np.int32),
+        "loss_weights": ((segments > 0) & (rng.random((ROWS_, LENGTH)) < 0.9)).astype(np.float32),
+        "target_bytes": np.full((ROWS_, LENGTH), 4, np.int32),
+    }
+
+
+def train(family: str, overlay: str, bindings: tuple[str, ...], start: dict | None = None):
+    """(state of step 0, losses and gradient norms of the steps, first moments behind the first step, parameters behind
+    the last), all on the host. start: the state of step 0, None to initialise one."""
+    bindings = [*SHRUNK, *FAMILIES[family], *bindings]
+    experiment = config.load(f"families/{family}", overlays=[overlay], bindings=bindings)
+    program = Program.of(experiment, experiment.mesh.open())
+    kernels.forget()
+    step = program.lower_step(batch(0)).compile()
+    start = jax.device_get(program.init()) if start is None else start
+    state = jax.device_put(start, program.shardings)
+    allow = jax.device_put(np.bool_(True), program.layout.replicated)
+    numbers, first = [], None
+    for k in range(STEPS):
+        state, metrics = step(state, program.put(batch(k)), allow)
+        numbers.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        if not k:
+            first = {
+                "/".join(names): np.asarray(leaf)
+                for names, leaf in flat(state["opt"])
+                if "mu" in names  # (1 - b1) times the gradient, clipped
+            }
+    assert first
+    return start, numbers, first, {"/".join(names): np.asarray(leaf) for names, leaf in flat(state["params"])}
+
+
+def flat(tree):
+    return [(path_names(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+@functools.cache
+def alone(family: str):
+    return train(family, "mesh/single", ())
+
+
+@pytest.mark.parametrize(("family", "mesh"), ROWS)
+def test_a_mesh_changes_nothing(family, mesh):
+    start, one_numbers, one_moments, one_params = alone(family)
+    _, numbers, moments, params = train(family, *MESHES[mesh], start)
+    np.testing.assert_allclose(numbers, one_numbers, rtol=1e-5)
+    for found, expected in ((moments, one_moments), (params, one_params)):
+        for name, value in expected.items():
+            # ... of the array's largest, or an eps of float32 of the gradient, whose norm is 1 and its moment's 0.1
+            atol = 1e-5 * np.abs(value).max() + 1e-8
+            np.testing.assert_allclose(found[name], value, rtol=0, atol=atol, err_msg=name)
