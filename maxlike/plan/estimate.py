@@ -1,0 +1,158 @@
+"""Predicted time of a step: compute, memory and network against the device table, and which of them binds."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+
+from maxlike.collectives import Collective
+from maxlike.experiment import Experiment
+from maxlike.mfu import Device
+from maxlike.plan.layouts import Shares
+from maxlike.plan.memory import Memory, rows_a_device
+from maxlike.plan.trace import Trace, Work
+
+# Share of the peak that a matrix product reaches, by the smallest of its three dimensions on one device; between them
+# by the logarithm, below the first in proportion. Recalled from published GEMM measurements (2024), not measured here.
+EFFICIENCY = ((128, 0.15), (512, 0.35), (1024, 0.55), (2048, 0.7))
+# Of stacks of small products, as in attention and in chunks of recurrences.
+BATCHED_EFFICIENCY = 0.35
+# Share of the time of collectives over these mesh axes that hides behind compute.
+OVERLAP = {"fsdp": 0.9, "data": 0.9, "tensor": 0.3, "stage": 0.9, "context": 0.8, "expert": 0.0}
+# Seconds that a collective takes however small it is.
+LATENCY = {"tpu": 2e-6, "gpu": 1e-5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Seconds of one step on one device, and what they are made of.
+
+    flops, memory_bytes: of one device, recomputation included; memory_bytes are the operands and results of matrix
+    products, kept activations and the state: a lower bound. compute, memory, network: seconds of each alone. exposed:
+    of the network what does not hide behind compute. bubble: share of the step in which a pipeline stage waits.
+    """
+
+    flops: float
+    memory_bytes: float
+    compute: float
+    memory: float
+    network: float
+    exposed: float
+    bubble: float
+
+    @property
+    def step(self) -> float:
+        return max(self.compute, self.memory) / (1 - self.bubble) + self.exposed
+
+    @property
+    def binds(self) -> str:
+        """compute, memory or network: which of them the step takes longest for; of the network what does not hide."""
+        return max(("compute", self.compute), ("memory", self.memory), ("network", self.exposed), key=lambda x: x[1])[0]
+
+
+def bubble(stages: int, micro_batches: int, repeats: int = 1) -> float:
+    """Share of a pipelined step in which a stage waits: (p - 1) / (M v + p - 1) (GPipe, 1F1B; v > 1: circular)."""
+    return (stages - 1) / (micro_batches * repeats + stages - 1)
+
+
+def efficiency(smallest: float) -> float:
+    """Share of the peak of a product whose smallest dimension on a device is this."""
+    low = EFFICIENCY[0]
+    if smallest <= low[0]:
+        return low[1] * smallest / low[0]
+    for high in EFFICIENCY[1:]:
+        if smallest <= high[0]:
+            along = math.log(smallest / low[0]) / math.log(high[0] / low[0])
+            return low[1] + along * (high[1] - low[1])
+        low = high
+    return low[1]
+
+
+def flops(experiment: Experiment, shares: Shares, trace: Trace) -> float:
+    """FLOPs of matrix products that one device does in a step, recomputation included."""
+    rows = rows_a_device(experiment, shares) * experiment.step.micro_batches
+    row = sum(w.flops / shares.width_parts(w.sizes) for w in trace.row)
+    update = sum(p.flops for p in trace.update) / shares.layout.mesh.size
+    return rows * row / shares.context + update
+
+
+def predict(
+    experiment: Experiment,
+    shares: Shares,
+    trace: Trace,
+    memory: Memory,
+    collectives: Sequence[Collective],
+    device: Device,
+    torus: tuple[int, ...] | None,
+) -> Time:
+    """The time of a step on devices of the table."""
+    micro = experiment.step.micro_batches
+    rows = rows_a_device(experiment, shares)
+    share = 1 / shares.context
+    tokens = rows * experiment.sequence_length / shares.context
+    seconds = functools.partial(_seconds, shares=shares, tokens=tokens, peak=device.peak)
+    compute = micro * rows * share * sum(seconds(work) for work in trace.row)
+    compute += sum(p.flops for p in trace.update) / shares.layout.mesh.size / (device.peak * EFFICIENCY[-1][1])
+    moved = micro * share * sum(_moved(work, shares, rows, device.platform == "gpu") for work in trace.row)
+    state = memory.parameters + memory.optimizer
+    moved += 2 * (state + micro * (memory.gradients + memory.kept))
+    network, exposed = exchange(collectives, shares, device, torus, compute)
+    return Time(
+        flops=flops(experiment, shares, trace),
+        memory_bytes=moved,
+        compute=compute,
+        memory=moved / device.bandwidth,
+        network=network,
+        exposed=exposed,
+        bubble=bubble(shares.stage, shares.ticks, shares.repeats),
+    )
+
+
+def _seconds(work: Work, *, shares: Shares, tokens: float, peak: float) -> float:
+    """Of one row."""
+    reached = BATCHED_EFFICIENCY
+    if not work.batched:
+        reached = efficiency(min(tokens, *(d / shares.cut_sizes.get(d, 1) for d in work.dims)))
+    return work.flops / shares.width_parts(work.sizes) / (peak * reached)
+
+
+def _moved(work: Work, shares: Shares, rows: float, fused: bool) -> float:
+    """Bytes of all executions. fused: scores of attention never reach memory."""
+    arrays = sorted(rows * a + b for a, b in zip(work.a_row, work.fixed))
+    return work.times * sum(arrays[:2] if fused and work.batched else arrays) / shares.width_parts(work.sizes)
+
+
+def exchange(
+    collectives: Iterable[Collective], shares: Shares, device: Device, torus: tuple[int, ...] | None, compute: float
+) -> tuple[float, float]:
+    """(seconds of all collectives, of them what does not hide behind `compute` seconds)."""
+    by_axes: dict[tuple[str, ...], float] = {}
+    for c in collectives:
+        seconds = c.times * (c.bytes / bandwidth(device, shares.sizes, c.axes, torus) + LATENCY[device.platform])
+        by_axes[c.axes] = by_axes.get(c.axes, 0.0) + seconds
+    exposed = 0.0
+    for axes, seconds in by_axes.items():
+        exposed += max(0.0, seconds - min(OVERLAP[axis] for axis in axes) * compute)
+    return sum(by_axes.values()), exposed
+
+
+def bandwidth(device: Device, sizes: dict[str, int], axes: Sequence[str], torus: tuple[int, ...] | None) -> float:
+    """Bytes/s that a device sends in a ring along mesh axes, in one direction. Meshes lie in order: the last axis on
+    the nearest devices."""
+    names = list(sizes)
+    inside = math.prod(sizes[name] for name in names[max(names.index(a) for a in axes) + 1 :])
+    count = math.prod(sizes[a] for a in axes)
+    if torus is not None:
+        # A ring through whole dimensions of the torus uses the links of each; a closed dimension those of both ends.
+        spanned, reached = [], inside
+        for size in reversed(torus):
+            if reached >= size:
+                reached /= size
+            elif math.prod(spanned) < count:
+                spanned.append(size)
+        ends = [2 if device.wrap and size % device.wrap == 0 else 1 for size in spanned if size > 1]
+        return device.link * max(sum(ends), 1)
+    node = device.node or 1
+    if inside * count <= node:
+        return device.link
+    return min(device.link, device.network * max(node // inside, 1)) if inside < node else device.network

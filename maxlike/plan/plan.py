@@ -1,0 +1,51 @@
+"""`--job plan`: memory, time and cost of an experiment on hardware, before any device is held."""
+
+import json
+import pathlib
+from typing import Any
+
+from maxlike.errors import UserError
+from maxlike.experiment import Experiment
+from maxlike.plan import advice, ranking, report, targets
+from maxlike.plan.planned import analytic, compile_plan
+from maxlike.plan.trace import trace
+
+
+def plan(
+    experiment: Experiment,
+    run_dir: pathlib.Path | None = None,
+    *,
+    topology: str | None = None,
+    hardware: str | None = None,
+    devices: int = 0,
+    search: bool = False,
+    top: int = 10,
+    tokens: float = 1e12,
+    price: float | None = None,
+    out: str = "",
+) -> dict[str, Any]:
+    """What a run needs and how fast it can be: memory, FLOPs, collectives, time, cost. Holds no device.
+
+    topology: compile the step ahead of time for v4, v5e, v5p or v6e slices such as v5e:4x4 (libtpu, no TPU needed),
+    cpu:8 (simulated devices) or local (this machine's). hardware, devices: estimate by formula alone, such as h200 and
+    256. search: also rank meshes, remat and micro-batches by predicted tokens/s; top: so many of them. tokens: of the
+    whole run, for its cost. price: dollars a device-hour, None for the list price where one is known. out: where to
+    write the plan as JSON; default: plan.json in the run's directory.
+    """
+    if tokens <= 0 or top < 1 or (price is not None and price < 0):
+        raise UserError(f"--tokens {tokens} and --top {top} must be positive, and --price {price} not negative")
+    target = targets.find(topology, hardware, devices)
+    traced = trace(experiment, target.platform)
+    made = analytic(experiment, target, traced)
+    if target.devices is not None:
+        made = compile_plan(made)
+    changes = advice.cheapest(made) if made.fits is False else []
+    ranked = ranking.rank(made, top) if search else []
+    price = price if price is not None or target.device is None else target.device.price
+    content = report.content(made, changes, ranked, tokens, price)
+    path = pathlib.Path(out) if out else pathlib.Path(run_dir or ".") / "plan.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    report.show(content)
+    print(f"written to {path}")
+    return content

@@ -1,0 +1,109 @@
+"""What a plan is for: a TPU topology that libtpu compiles for, simulated CPU devices, this machine, or just a number of
+devices of a kind."""
+
+import dataclasses
+import importlib.util
+import math
+import re
+
+import jax
+
+from maxlike import mfu
+from maxlike.catalog import nearest
+from maxlike.errors import UserError
+
+TPUS = tuple(device.name for device in mfu.DEVICES if device.platform == "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """word: how it was asked for. platform: "cpu", "gpu" or "tpu". count: devices. device: their entry in the
+    table, None where their speed is not known. devices: to compile for; None: there are none, and the plan is analytic. torus: how
+    TPUs are linked, and None for others."""
+
+    word: str
+    platform: str
+    count: int
+    device: mfu.Device | None
+    devices: tuple[jax.Device, ...] | None
+    torus: tuple[int, ...] | None = None
+
+
+def find(topology: str | None, hardware: str | None, devices: int) -> Target:
+    """The target of `--topology`, or of `--hardware` and `--devices`.
+
+    topology: "v5e:4x4" (v4, v5e, v5p, v6e and the sizes that exist), "cpu:8" or "local". Raises UserError for one that
+    is not known, a libtpu that is missing, and where both or neither are given.
+    """
+    if (topology is None) == (hardware is None):
+        raise UserError(
+            "say what to plan for: `--topology v5e:4x4` (also v5p, v6e, cpu:8, local) compiles for it, `--hardware "
+            "h200 --devices 256` estimates without compiling"
+        )
+    if hardware is not None:
+        return _analytic(hardware, devices)
+    if devices:
+        raise UserError(f"--devices {devices} goes with --hardware; --topology {topology} says the number itself")
+    if topology == "local":
+        found = tuple(jax.devices())
+        return Target("local", found[0].platform, len(found), mfu.of_kind(found[0].device_kind), found)
+    generation, _, size = topology.partition(":")
+    if generation == "cpu" and re.fullmatch(r"[1-9]\d*", size):
+        return _simulated(int(size))
+    if generation not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", size):
+        choices = (*(f"{name}:4x4" for name in TPUS), "cpu:8", "local")
+        raise UserError(
+            f"--topology {topology!r} is not known{nearest(topology, choices)}; it is one of the form "
+            f"{', '.join(choices)}"
+        )
+    return _tpu(topology, generation, tuple(int(n) for n in size.split("x")))
+
+
+def _analytic(hardware: str, devices: int) -> Target:
+    known = {device.name: device for device in mfu.DEVICES}
+    if hardware not in known:
+        raise UserError(
+            f"--hardware {hardware!r} is not known{nearest(hardware, known)}; it is one of {', '.join(known)}"
+        )
+    if devices < 1:
+        raise UserError(f"--hardware {hardware} needs the number of devices: `--devices 8`")
+    device = known[hardware]
+    torus = _torus(devices, 3 if hardware in ("v4", "v5p", "v7x") else 2) if device.node is None else None
+    return Target(f"{hardware} x {devices}", device.platform, devices, device, None, torus)
+
+
+def _torus(devices: int, dims: int) -> tuple[int, ...]:
+    """The most even box of so many devices."""
+    sizes, left = [], devices
+    for dim in range(dims, 0, -1):
+        size = max(n for n in range(1, left + 1) if left % n == 0 and n <= round(left ** (1 / dim) + 1e-9))
+        sizes.append(size)
+        left //= size
+    return tuple(sorted((*sizes[:-1], sizes[-1] * left)))
+
+
+def _simulated(count: int) -> Target:
+    found = [device for device in jax.devices() if device.platform == "cpu"]
+    if len(found) < count:
+        raise UserError(
+            f"--topology cpu:{count} needs {count} simulated devices and there are {len(found)}: set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count} (the launcher does, unless you say another)"
+        )
+    return Target(f"cpu:{count}", "cpu", count, None, tuple(found[:count]))
+
+
+def _tpu(topology: str, generation: str, size: tuple[int, ...]) -> Target:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology {topology} compiles with libtpu, which is missing: `pip install libtpu`, or "
+            f"estimate with `--hardware {generation} --devices {math.prod(size)}`"
+        )
+    from jax.experimental import topologies
+
+    try:
+        devices = tuple(topologies.get_topology_desc(topology, "tpu").devices)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0].split("INVALID_ARGUMENT: ")[-1]
+        raise UserError(f"--topology {topology}: libtpu knows no such slice ({reason})") from None
+    device = next(d for d in mfu.DEVICES if d.name == generation)
+    return Target(topology, "tpu", len(devices), device, devices, size)

@@ -1,0 +1,175 @@
+"""Predicted collectives of a step, by formula from the parameter tree and the rules.
+
+Bytes are what a device sends in one execution, by the convention of `maxlike.collectives`.
+"""
+
+import math
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+
+from maxlike.collectives import Collective
+from maxlike.experiment import Experiment
+from maxlike.plan.layouts import Shares, Weight
+from maxlike.plan.memory import rows_a_device
+from maxlike.plan.trace import Trace
+
+# How often a remat policy runs a branch's gather and its summed output again in the backward pass.
+_GATHERED_AGAIN = {"none": 0.0}
+_SUMMED_AGAIN = {"full": 1.0}
+
+
+def predict(experiment: Experiment, shares: Shares, trace: Trace, platform: str, remat: str) -> list[Collective]:
+    """All collectives of one step of more than a few bytes."""
+    step = experiment.step
+    size = jnp.dtype(step.compute_dtype).itemsize
+    rows = rows_a_device(experiment, shares)
+    stream = rows * experiment.sequence_length / shares.context * trace.dim * size
+    job = _Job(shares, platform, step.micro_batches, size, stream, trace)
+    found = list(job.weights())
+    if shares.tensor > 1:
+        found += job.branches(remat)
+    if shares.context > 1:
+        found += job.ring(remat)
+    if shares.parts(shares.expert_axes) > 1:
+        found += job.exchange(remat)
+    if shares.stage > 1:
+        found += job.stages()
+    return [c for c in found if c.bytes * c.times > 0]
+
+
+class _Job:
+    """One step: M micro-batches, activations of `size` bytes, a residual stream of `stream` bytes a device and
+    micro-batch (whole width)."""
+
+    def __init__(self, shares: Shares, platform: str, micro: int, size: int, stream: float, trace: Trace):
+        self.shares, self.micro, self.size, self.stream, self.trace = shares, micro, size, stream, trace
+        self.on_cpu = platform == "cpu"
+        # Times that a stage runs its layers: a pipeline's micro-batches, and the ticks in which it fills and drains.
+        self.turns = 1 if shares.stage == 1 else shares.ticks * shares.repeats + shares.stage - 1
+
+    def _make(self, kind: str, axes: tuple[str, ...], array: float, times: float, name: str) -> Collective:
+        axes, n = tuple(axis for axis in self.shares.sizes if axis in axes), self.shares.parts(axes)
+        factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
+        dtype = {4: "f32", 2: "bf16"}[self.size]
+        return Collective(kind, axes, dtype, round(array * factor), round(times), name)
+
+    def _sum(self, axes: tuple[str, ...], array: float, times: float, name: str) -> Collective:
+        """Of an array whose result is cut over `axes`. A CPU sums all of it everywhere, and cuts then."""
+        return self._make("all-reduce" if self.on_cpu else "reduce-scatter", axes, array, times, name)
+
+    def weights(self) -> Iterator[Collective]:
+        """Gathers of stored weights, sums of gradients."""
+        for weight in self.shares.weights:
+            if weight.name.startswith("embed/") and weight.layers == 1:
+                yield from self._embedding(weight)
+                if self._is_head(weight):
+                    yield from self._head(weight)
+            elif weight.name.startswith("head/"):
+                yield from self._head(weight)
+            else:
+                yield from self._ordinary(weight)
+
+    def _is_head(self, weight: Weight) -> bool:
+        """Whether the token table is the head too."""
+        return weight.axes[0] == "vocab" and not any(w.name.startswith("head/linear") for w in self.shares.weights)
+
+    def _ordinary(self, weight: Weight) -> Iterator[Collective]:
+        shares, layers = self.shares, max(weight.layers / self.shares.stage, 1) * self.turns
+        within = [axis for axis in weight.cut if axis not in shares.stage_axes]
+        whole = weight.size / weight.layers / shares.parts(within) * self.size
+        rest = tuple(a for a in shares.batch_axes + shares.length_axes if a not in (*weight.stored, *weight.cut))
+        if shares.parts(weight.stored) > 1:
+            # Forward and backward; recomputing shares the second one.
+            yield self._make("all-gather", weight.stored, whole, 2 * layers * self.micro, weight.name)
+        if shares.parts(weight.stored) > 1:
+            yield self._sum(weight.stored, whole, layers * self.micro, weight.name)
+        if shares.parts(rest) > 1:
+            part = whole / shares.parts(weight.stored)
+            yield self._make("all-reduce", rest, part, layers * self.micro, weight.name)
+
+    def _embedding(self, weight: Weight) -> Iterator[Collective]:
+        """Tokens travel, not the table (`layers.embed.lookup`): vectors summed over the devices of other ids, exchanged
+        by columns; backward the way back."""
+        shares = self.shares
+        rest = tuple(a for a in shares.batch_axes + shares.length_axes if a not in weight.stored)
+        if shares.parts(weight.cut) > 1:
+            yield self._make("reduce-scatter", weight.cut, self.stream, self.micro, weight.name)
+            yield self._make("all-gather", weight.cut, self.stream, self.micro, weight.name)
+        if shares.parts(weight.stored) > 1:
+            part = self.stream / shares.parts(weight.cut)
+            yield self._make("all-to-all", weight.stored, part, 2 * self.micro, weight.name)
+        if shares.parts(rest) > 1:
+            table = weight.size * self.size / shares.parts((*weight.stored, *weight.cut))
+            yield self._make("all-reduce", rest, table, self.micro, weight.name)
+
+    def _head(self, weight: Weight) -> Iterator[Collective]:
+        """Gathered for the loss, its float32 gradient summed behind the last chunk of logits."""
+        shares = self.shares
+        part = weight.size / shares.parts(weight.cut)
+        if shares.parts(weight.stored) > 1:
+            times = 1 if self.on_cpu else self.micro
+            yield self._make("all-gather", weight.stored, part * self.size, times, weight.name)
+        axes = tuple(dict.fromkeys(shares.batch_axes + shares.length_axes))
+        if shares.parts(axes) > 1:
+            yield self._make("all-reduce", axes, part * 4, self.micro, weight.name)
+
+    def branches(self, remat: str) -> Iterator[Collective]:
+        """Tensor parallel: a branch reads whole positions and its output is summed; backward the same, once for each
+        weight that reads the stream."""
+        shares, axes = self.shares, self.shares.tensor_axes
+        out = self._count(lambda w: w.axes[-1] == "embed" and set(w.cut) & set(axes))
+        into = self._count(lambda w: w.axes[1:2] == ("embed",) and len(w.axes) > 2 and set(w.cut) & set(axes))
+        again = _GATHERED_AGAIN.get(remat, 1.0), _SUMMED_AGAIN.get(remat, 0.0)
+        blocks = self.trace.depth
+        kind = "branches"
+        if shares.sequence_parallel:
+            yield self._make("all-gather", axes, self.stream, self.micro * out * (2 + again[0]), kind)
+        else:
+            again = (0.0, again[1])
+        # The last output of a block is not needed to recompute it.
+        yield self._sum(axes, self.stream, self.micro * (out + again[1] * (out - blocks)), kind)
+        yield self._sum(axes, self.stream, self.micro * into, kind)
+        yield self._make("all-gather", axes, self.stream, self.micro, "loss")
+        yield self._make("all-reduce", axes, self.stream, self.micro, "loss")
+
+    def _count(self, chosen) -> float:
+        return sum(w.layers for w in self.shares.weights if w.layers > 1 and chosen(w))
+
+    def ring(self, remat: str) -> Iterator[Collective]:
+        """Context parallel: keys and values go once round the ring forward, and with their gradients backward."""
+        shares, axes = self.shares, self.shares.length_axes
+        again = 1 if remat == "full" else 0
+        kv = sum(
+            w.layers * math.prod(w.shape[2:]) / shares.parts(a for a in w.cut if a in shares.tensor_axes)
+            for w in shares.weights
+            if w.layers > 1 and w.axes[1:3] == ("embed", "kv_heads")
+        )
+        a_layer = self.stream / self.trace.dim * kv  # keys and values of all layers
+        yield self._make("collective-permute", axes, a_layer * (shares.context - 1) * (3 + again), self.micro, "ring")
+
+    def exchange(self, remat: str) -> Iterator[Collective]:
+        """Expert parallel: each token to its experts and back, forward and backward."""
+        shares, axes = self.shares, self.shares.expert_axes
+        again = 2 if remat == "full" else 0
+        for weight, visited in experts(shares, self.trace):
+            array = self.stream * visited
+            times = weight.layers * self.micro * (4 + again)
+            yield self._make("all-to-all", axes, array, times, weight.name)
+
+    def stages(self) -> Iterator[Collective]:
+        """Pipeline: each tick the stream of a micro-batch to the next stage, its gradient back."""
+        part = self.stream * self.shares.stage / self.shares.ticks
+        if self.shares.sequence_parallel:
+            part /= self.shares.tensor
+        yield self._make("collective-permute", self.shares.stage_axes, part, 2 * self.micro * self.turns, "stages")
+
+
+def experts(shares: Shares, trace: Trace) -> Iterator[tuple[Weight, float]]:
+    """(one weight of each mixture of experts, experts that a token visits in it on average)."""
+    of_experts = [w for w in shares.weights if "experts" in w.axes and "mlp" in w.axes]
+    total = sum(w.size for w in of_experts)
+    idle = sum(w.size for w in shares.weights) - trace.active
+    for weight in of_experts:
+        if weight.axes[-1] == "embed":
+            yield weight, (1 - idle / total) * weight.shape[weight.axes.index("experts")]
