@@ -9,8 +9,10 @@ from flax import nnx
 
 from layers import axes
 from layers.context import Context, ReadsFuture
+from layers.dispatch import serve, serve_tokens
+from layers.expert_parallel import whole_on_devices
 from layers.remat import chosen
-from layers.selection import real_tokens
+from layers.selection import by_device, marked, real_tokens
 
 
 class ExpertChoice(nnx.Module, ReadsFuture):
@@ -59,23 +61,26 @@ class ExpertChoice(nnx.Module, ReadsFuture):
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         if ctx.decoding:
             self.check_decoding()
-        B, T, D = x_BTD.shape
-        E, C = self.experts.count, self._capacity(T)
+        B, T, _ = x_BTD.shape
+        C = self._capacity(T)
         real_BT = real_tokens(ctx)
         kernel_DE = self.kernel[...].astype(jnp.float32)
         logits_BTE = jnp.matmul(x_BTD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST)
         score_BTE = jax.nn.softmax(logits_BTE)
         wanted_BET = jnp.where(real_BT[..., None], score_BTE, -1.0).swapaxes(1, 2)
-        token_BEC = chosen(jax.lax.top_k(wanted_BET, C)[1])
+        # Experts choose in whole rows, wherever the tokens of a row lie.
+        token_BEC = chosen(
+            by_device(lambda wanted: jax.lax.top_k(wanted, C)[1], jax.lax.stop_gradient(wanted_BET), "batch")
+        )
         weight_BEC = jnp.take_along_axis(wanted_BET, token_BEC, -1)
-        weight_BEC = jnp.maximum(weight_BEC, 0.0)  # padding that filled up a short row weighs nothing
-        row_B11 = jnp.arange(B)[:, None, None]
-        taken_EBCD = x_BTD[row_B11, token_BEC].swapaxes(0, 1)
-        y_EBCD = jnp.reshape(self.experts(jnp.reshape(taken_EBCD, (E, B * C, D))), (E, B, C, D))
-        weighted_BECD = weight_BEC[..., None] * y_EBCD.swapaxes(0, 1).astype(jnp.float32)
-        y_BTD = jnp.zeros((B, T, D), jnp.float32).at[row_B11, token_BEC].add(weighted_BECD).astype(x_BTD.dtype)
-        visits_BT = jnp.zeros((B, T)).at[row_B11, token_BEC].add(weight_BEC > 0)
-        aux = self._telemetry(score_BTE, visits_BT, real_BT)
+        token_BEC = jnp.where(weight_BEC > 0, token_BEC, T)  # padding that filled up a short row is nobody
+        taken_BET = marked(token_BEC, token_BEC < T, T)
+        if whole_on_devices(B):
+            y_BTD = serve(self.experts, x_BTD, token_BEC, jnp.maximum(weight_BEC, 0.0))
+        else:
+            y_BTD = serve_tokens(self.experts, x_BTD, taken_BET.swapaxes(1, 2), score_BTE)
+        y_BTD = y_BTD.astype(x_BTD.dtype)
+        aux = self._telemetry(score_BTE, jnp.sum(taken_BET, 1), real_BT)
         if self.shared is not None:
             shared_BTD, shared_aux = self.shared(x_BTD, ctx)
             y_BTD = y_BTD + shared_BTD

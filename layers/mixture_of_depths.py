@@ -83,16 +83,19 @@ class MixtureOfDepths(nnx.Module, InOrder):
             raise ValueError(
                 f"MixtureOfDepths.capacity={self.capacity} keeps none of a row of {T} tokens: raise it or the length"
             )
-        scores_BT = jnp.where(real_BT, logits_BT, -jnp.inf)
+        # Tokens are compared where all of them are: scores alone travel between devices.
+        in_whole_rows = "batch" if self.scope == "sequence" else None
+        scores_BT = axes.constrain(jnp.where(real_BT, logits_BT, -jnp.inf), in_whole_rows, None)
         if self.scope == "batch":
             wanted = selection.share(jnp.sum(real_BT), self.capacity)
             index, taken = selection.best(jnp.reshape(scores_BT, (-1,)), wanted, B * T)
-            chosen_BT = jnp.reshape(jnp.zeros(B * T, bool).at[index].set(taken), (B, T))
+            chosen_BT = jnp.reshape(selection.marked(index, taken, B * T), (B, T))
             scores_BT, wanted_B = jnp.where(chosen_BT, logits_BT, -jnp.inf), jnp.sum(chosen_BT, 1)
         else:
             wanted_B = selection.share(jnp.sum(real_BT, 1), self.capacity)
+        scores_BT = axes.constrain(scores_BT, "batch", None)
         index_BC, taken_BC = selection.best(scores_BT, wanted_B, slots)
-        keep_BT = jnp.zeros((B, T), bool).at[jnp.arange(B)[:, None], index_BC].set(taken_BC)
+        keep_BT = selection.marked(index_BC, taken_BC, T)
         return keep_BT, slots, jnp.sum(wanted_B) - jnp.sum(keep_BT)
 
     def _through(self, x_BTD, gate_BT, index_BC, ctx: Context, run: Callable) -> tuple[jax.Array, Any]:
@@ -104,16 +107,18 @@ class MixtureOfDepths(nnx.Module, InOrder):
                 "MixtureOfDepths needs the tokens of a row in order (Context.order_BT): set Mesh.balance = False"
             )
         T = x_BTD.shape[1]
-        row_B1, real_BC, at_BC = jnp.arange(x_BTD.shape[0])[:, None], index_BC < T, jnp.minimum(index_BC, T - 1)
+        real_BC, at_BC = index_BC < T, jnp.minimum(index_BC, T - 1)
 
+        # Row by row, so that rows on different devices stay there.
         def gathered(x_BT):
-            return None if x_BT is None else x_BT[row_B1, at_BC]
+            return None if x_BT is None else jax.vmap(lambda x_T, at_C: x_T[at_C])(x_BT, at_BC)
 
-        h_BCD = jnp.where(real_BC[..., None], x_BTD[row_B1, at_BC], 0)
+        h_BCD = jnp.where(real_BC[..., None], gathered(x_BTD), 0)
         inner = ctx.replace(positions_BT=gathered(ctx.positions_BT), modality_BT=gathered(ctx.modality_BT))
         y_BCD, rest = run(h_BCD, inner, real_BC)
         change_BCD = gathered(gate_BT)[..., None] * (y_BCD - h_BCD).astype(jnp.float32)
-        return x_BTD.at[row_B1, index_BC].add(change_BCD.astype(x_BTD.dtype), mode="drop"), rest
+        put_back = jax.vmap(lambda x_TD, index_C, change_CD: x_TD.at[index_C].add(change_CD, mode="drop"))
+        return put_back(x_BTD, index_BC, change_BCD.astype(x_BTD.dtype)), rest
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         logits_BT, real_BT, T = router_product(x_BTD, self.router[...]), selection.real_tokens(ctx), x_BTD.shape[1]

@@ -12,6 +12,8 @@ from flax import nnx
 from layers import axes, selection
 from layers.auxiliary_router import agreement, router_product
 from layers.context import Context, ReadsFuture
+from layers.dispatch import serve, serve_tokens
+from layers.expert_parallel import spread, whole_on_devices
 from layers.experts import Experts
 
 
@@ -59,26 +61,27 @@ class ExpertGroup(nnx.Module):
     def _gate(self, logits: jax.Array) -> jax.Array:
         return jnp.ones_like(logits) if self.router is None else jax.nn.sigmoid(logits)
 
-    def by_choice(self, x_SND: jax.Array, member_SN: jax.Array, noise: jax.Array | None) -> Routed:
-        """Each expert takes the best share of its modality's tokens in each scope; `noise` is a key or None."""
-        S, N, D = x_SND.shape
+    def by_choice(self, x_SND: jax.Array, member_SN: jax.Array, noise: jax.Array | None, rows: int) -> Routed:
+        """Each expert takes the best share of its modality's tokens in each scope; `noise` is a key or None, `rows` how
+        many rows the scopes have come from."""
+        S, N, _ = x_SND.shape
+        scopes_are_whole = whole_on_devices(S) and whole_on_devices(rows)
         logits_SNE = self._logits(x_SND)
         if noise is not None and self.router is not None:  # the difference of two Gumbel draws is one logistic draw
             logits_SNE = logits_SNE + jax.random.logistic(noise, logits_SNE.shape)
         scores_SEN = jnp.where(member_SN[:, None], jnp.swapaxes(logits_SNE, 1, 2), -jnp.inf)
+        # A scope that lies on several devices is chosen in on each of them, by scores alone.
+        scores_SEN = axes.constrain(scores_SEN, "batch" if scopes_are_whole else None, None, None)
         wanted_S = selection.share(jnp.sum(member_SN, 1), self.share)
         slots = min(N, math.ceil(self.bound * self.share * N))
         index_SEC, taken_SEC = selection.best(scores_SEN, jnp.broadcast_to(wanted_S[:, None], (S, self.count)), slots)
-        row_S11 = jnp.arange(S)[:, None, None]
-        # Empty slots hold zeros: whatever lies in tokens that nobody chose must not reach a gradient.
-        x_SECD = jnp.where(taken_SEC[..., None], x_SND[row_S11, index_SEC], 0)
-        y_ECD = self.experts(jnp.reshape(jnp.swapaxes(x_SECD, 0, 1), (self.count, -1, D)))
-        y_SECD = jnp.swapaxes(jnp.reshape(y_ECD, (self.count, S, slots, D)), 0, 1)
-        gate_SEC = jnp.take_along_axis(jnp.swapaxes(self._gate(logits_SNE), 1, 2), index_SEC, axis=2)
-        weight_SEC = jnp.where(taken_SEC, gate_SEC, 0.0)
-        y_SND = jnp.zeros((S, N, D), jnp.float32).at[row_S11, index_SEC].add(weight_SEC[..., None] * y_SECD)
-        expert_E1 = jnp.arange(self.count)[:, None]
-        chosen_SEN = jnp.zeros(scores_SEN.shape, bool).at[row_S11, expert_E1, index_SEC].set(taken_SEC)
+        chosen_SEN = selection.marked(index_SEC, taken_SEC, N)
+        gate_SNE = self._gate(logits_SNE)
+        if scopes_are_whole:
+            gate_SEC = jnp.take_along_axis(jnp.swapaxes(gate_SNE, 1, 2), index_SEC, axis=2)
+            y_SND = serve(self.experts, x_SND, jnp.where(taken_SEC, index_SEC, N), gate_SEC)
+        else:
+            y_SND = self._by_token(x_SND, jnp.swapaxes(chosen_SEN, 1, 2), gate_SNE, rows)
         told = {}
         if self.auxiliary is not None and noise is None:  # noise is no part of what an auxiliary router shall learn
             foretold_SEN = jnp.swapaxes(self.auxiliary(x_SND), 1, 2)
@@ -86,17 +89,24 @@ class ExpertGroup(nnx.Module):
         load_E = jnp.sum(taken_SEC, (0, 2))
         return Routed(y_SND, jnp.sum(chosen_SEN, 1), load_E, self.count * jnp.sum(wanted_S), told)
 
+    def _by_token(self, x_SND, chosen_SNE, weight_SNE, rows: int) -> jax.Array:
+        of_rows = (jnp.reshape(z, (rows, -1, z.shape[2])) for z in (x_SND, chosen_SNE, weight_SNE))
+        return jnp.reshape(serve_tokens(self.experts, *of_rows), x_SND.shape)
+
     def by_auxiliary(self, x_SND: jax.Array, member_SN: jax.Array) -> Routed:
-        """Each token goes to the experts whose auxiliary router fires, which may be none or all of them: every expert
-        runs on every token, for nothing bounds how many it gets. The weight is the main router's."""
+        """Each token goes to the experts whose auxiliary router fires, which may be none or all of them. The weight is
+        the main router's. On one device every expert runs on every token, for nothing bounds how many it gets."""
         S, N, D = x_SND.shape
         fires_SNE = member_SN[..., None]
         if self.auxiliary is not None:
             fires_SNE = fires_SNE & (self.auxiliary(x_SND) > 0)
         weight_SNE = jnp.where(fires_SNE, self._gate(self._logits(x_SND)), 0.0)
-        y_ECD = self.experts(jnp.broadcast_to(jnp.reshape(x_SND, (1, S * N, D)), (self.count, S * N, D)))
-        y_ESND = jnp.reshape(y_ECD, (self.count, S, N, D)).astype(jnp.float32)
-        y_SND = jnp.einsum("esnd,sne->snd", y_ESND, weight_SNE)
+        if spread():
+            y_SND = serve_tokens(self.experts, x_SND, fires_SNE, weight_SNE)
+        else:
+            y_ECD = self.experts(jnp.broadcast_to(jnp.reshape(x_SND, (1, S * N, D)), (self.count, S * N, D)))
+            y_ESND = jnp.reshape(y_ECD, (self.count, S, N, D)).astype(jnp.float32)
+            y_SND = jnp.einsum("esnd,sne->snd", y_ESND, weight_SNE)
         load_E = jnp.sum(fires_SNE, (0, 1))
         return Routed(y_SND, jnp.sum(fires_SNE, 2), load_E, jnp.sum(load_E), {})
 
@@ -224,7 +234,7 @@ class ModalityMoE(nnx.Module, ReadsFuture):
                 results.append(group.by_auxiliary(x_SND, member_SN))
             else:
                 noise = jax.random.fold_in(ctx.key, index) if noisy else None
-                results.append(group.by_choice(x_SND, member_SN, noise))
+                results.append(group.by_choice(x_SND, member_SN, noise, B))
         y_BTD = jnp.reshape(sum(result.y_SND for result in results), (B, T, D)).astype(x_BTD.dtype)
         return axes.constrain(y_BTD, "batch", "length", "act_embed"), _metrics(results, members)
 

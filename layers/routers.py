@@ -15,6 +15,7 @@ from flax import nnx
 from layers import axes
 from layers.context import Context
 from layers.remat import chosen
+from layers.selection import by_device
 
 
 @functools.partial(
@@ -145,13 +146,16 @@ class TopK(nnx.Module):
             score_BTE = jax.nn.sigmoid(logits_BTE)
             probability_BTE = score_BTE / jnp.sum(score_BTE, -1, keepdims=True)
         selection_BTE = jax.lax.stop_gradient(score_BTE) + self.selection_bias()
-        if self.limit is not None:
-            selection_BTE = self.limit(selection_BTE)
-        index_BTJ = chosen(jax.lax.top_k(selection_BTE, self.top_k)[1])
+        index_BTJ = chosen(by_device(self._best, selection_BTE, "batch", "length"))
         weight_BTJ = jnp.take_along_axis(score_BTE, index_BTJ, -1)
         if self.norm_topk:
             weight_BTJ = weight_BTJ / (jnp.sum(weight_BTJ, -1, keepdims=True) + 1e-20)
         return Routing(index_BTJ, weight_BTJ * self.scale, probability_BTE, logits_BTE)
+
+    def _best(self, selection_BTE: jax.Array) -> jax.Array:
+        if self.limit is not None:
+            selection_BTE = self.limit(selection_BTE)
+        return jax.lax.top_k(selection_BTE, self.top_k)[1]
 
     def report(self, y_BTD: jax.Array, counts_E: jax.Array) -> jax.Array:
         """y itself; tells the rule of the bias how many tokens each expert was chosen by."""

@@ -1,6 +1,7 @@
 """Experts on devices: every mesh gives the values, the gradients and the telemetry of one device."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,20 @@ import pytest
 from flax import nnx
 
 from layers import axes
+from layers.attention import Attention
+from layers.auxiliary_router import AuxiliaryRouter
 from layers.balance import LoadBalance, SignBias
+from layers.block import Block
 from layers.context import Context
 from layers.dispatch import Capacity, Dropless
+from layers.expert_choice import ExpertChoice
 from layers.expert_parallel import merged
 from layers.experts import Experts
+from layers.mixture_of_depths import MixtureOfDepths
 from layers.mlp import GatedMLP
+from layers.modality_moe import ModalityMoE
 from layers.moe import MoE
+from layers.norm import RMSNorm
 from layers.routers import TopK
 from layers.zero_experts import ZeroExperts
 from maxlike import config
@@ -61,19 +69,28 @@ def mixture(dispatch, **knobs):
 def program(graph, ctx=CTX):
     def loss(params, x_BTD):
         y_BTD, aux = nnx.merge(graph, params)(x_BTD, ctx)
-        return jnp.sum(jnp.sin(y_BTD)) + aux["loss"], (y_BTD, aux)
+        return jnp.sum(jnp.square(jnp.sin(y_BTD))) + aux["loss"], (y_BTD, aux)
 
     return loss
 
 
-def run(where, loss, params, names, x=X):
-    """((loss, (y, aux)), gradients) on a mesh (None: one device), every array placed as the rules say."""
+def placed(where, params, names, x=X):
+    """Shapes and places of parameters and tokens."""
+
+    def place(leaf, names):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where.sharding(names, leaf.shape, "a parameter"))
+
+    names = jax.tree.unflatten(jax.tree.structure(params), names)
+    return jax.tree.map(place, params, names), jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where.batch(x.shape))
+
+
+def run(where, loss, params, names):
+    """((loss, (y, aux)), gradients) on a mesh, or on one device where it is None."""
+    arrays = (params, jnp.asarray(X))
     if where is not None:
-        put = lambda leaf, axes_: jax.device_put(leaf, where.sharding(axes_, leaf.shape, "a parameter"))  # noqa: E731
-        params = jax.tree.map(put, params, jax.tree.unflatten(jax.tree.structure(params), names))
-        x = jax.device_put(x, where.batch(x.shape))
+        arrays = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), arrays, placed(where, params, names))
     with axes.place_with(where):
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, jnp.asarray(x))
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arrays)
 
 
 @functools.cache
@@ -89,13 +106,11 @@ def assert_same(got, want):
 
 
 MESHES = [
-    ("dropless", {"expert": 2}),
     ("dropless", {"data": 2, "expert": 4}),
     ("dropless", {"expert": 8}),
     ("dropless", {"fsdp": 2, "expert": 2, "tensor": 2}),
     ("dropless", {"data": 4, "fsdp": 2}),
     ("gather", {"fsdp": 2, "expert": 4}),
-    ("capacity", {"expert": 2}),
     ("capacity", {"expert": 8}),
     ("capacity", {"fsdp": 2, "expert": 4}),
     ("capacity", {"context": 2, "expert": 2, "tensor": 2}),
@@ -118,3 +133,145 @@ def test_rows_merge_in_the_order_of_experts():
         for place, (_, p, r) in enumerate(sorted(rows)):
             want[p * room + r] = place
         np.testing.assert_array_equal(merged(jnp.asarray(sizes_PE), room), want)
+
+
+BLOCK = F(Block, mixer=F(Attention, heads=2), norm=RMSNorm)
+CHOOSING = {
+    "expert choice": F(ExpertChoice, experts=F(Experts, count=E, width=WIDTH), allow_noncausal=True),
+    "sequence": F(ModalityMoE, groups=(4, 2), width=WIDTH),
+    "two rows": F(ModalityMoE, groups=(2, 2), width=WIDTH, capacity_factor=2.0, routing_scope=2),
+    "batch": F(ModalityMoE, groups=(4, 2), width=WIDTH, routing_scope="batch", capacity_bound=(0.4, 0.5)),
+    "auxiliary": F(ModalityMoE, groups=(2, 2), width=WIDTH, auxiliary=AuxiliaryRouter, evaluation="auxiliary"),
+    "depth": F(MixtureOfDepths, block=F(BLOCK, ffn=F(GatedMLP, width=WIDTH)), capacity=0.5),
+    "depth of the batch": F(
+        MixtureOfDepths,
+        block=F(BLOCK, ffn=F(ExpertChoice, experts=F(Experts, count=4, width=4), allow_noncausal=True)),
+        capacity=0.4,
+        scope="batch",
+        row_bound=2.0,
+    ),
+}
+CHOOSING_MESHES = [
+    ("expert choice", {"data": 2, "expert": 4}),
+    ("expert choice", {"context": 2, "expert": 2}),
+    ("sequence", {"fsdp": 2, "expert": 2, "tensor": 2}),
+    ("two rows", {"data": 4, "expert": 2}),  # a row a device: a scope lies on two
+    ("batch", {"fsdp": 4, "expert": 2}),
+    ("auxiliary", {"data": 2, "expert": 2}),
+    ("depth of the batch", {"data": 2, "expert": 4}),
+]
+
+
+@functools.cache
+def choosing(name):
+    modality = jnp.asarray(np.random.default_rng(1).integers(0, 2, (B, T)))
+    ctx = CTX.replace(modality_BT=modality, modalities=2, train=name != "auxiliary")
+    graph, params, names = random_module(lambda rngs: CHOOSING[name](D, rngs=rngs), std=0.4)
+
+    def loss(params, x_BTD):
+        y_BTD, aux = nnx.merge(graph, params)(x_BTD, ctx)
+        return jnp.sum(jnp.square(jnp.sin(y_BTD))), (y_BTD, aux)
+
+    return loss, params, names, run(None, loss, params, names)
+
+
+@pytest.mark.parametrize(("name", "shape"), CHOOSING_MESHES, ids=lambda x: "-".join(x) if isinstance(x, dict) else x)
+def test_experts_and_depths_choose_the_same_tokens_on_every_mesh(name, shape):
+    loss, params, names, want = choosing(name)
+    assert_same(run(layout(**shape), loss, params, names), want)
+
+
+def moved(loss, params, names, **shape):
+    """The collectives of a forward pass."""
+    where = layout(**shape)
+    with axes.place_with(where):
+        text = jax.jit(loss).lower(*placed(where, params, names)).compile().as_text()
+    return collectives(text, where.mesh)
+
+
+@pytest.mark.parametrize(("dispatch", "count"), [("dropless", 3), ("capacity", 2)])
+def test_rows_move_by_all_to_all_and_weights_not_at_all_along_the_experts(dispatch, count):
+    graph, params, names = mixture(dispatch)
+    found = moved(program(graph), params, names, fsdp=2, expert=4)
+    exchanged = [x for x in found if x.kind == "all-to-all"]
+    assert len(exchanged) == count and all(x.axes == ("expert",) and x.times == 1 for x in exchanged)
+    # The worst case of every pair of devices; or ceil(0.8 T J / 11) = 2 places for each expert and row.
+    rows = 4 * (B * T // 8) * min(3, E // 4) if dispatch == "dropless" else E * (B // 8) * 2
+    assert sorted(x.bytes for x in exchanged if x.dtype == "f32") == [4 * rows * D * 3 // 4] * 2
+    gathered = [x for x in found if x.kind == "all-gather"]
+    assert all(x.axes == ("fsdp",) for x in gathered)
+    weights = [x for x in gathered if "shard_map" in x.name]
+    assert [x.bytes for x in weights] == [4 * (E // 4) * D * WIDTH // 2] * 3
+
+
+@pytest.mark.parametrize("name", ["sequence", "depth"])
+def test_choices_in_rows_move_no_scores(name):
+    loss, params, names, _ = choosing(name)
+    found = moved(loss, params, names, data=2, expert=2)
+    assert {x.kind for x in found} <= {"all-to-all", "all-reduce"}
+    assert all(x.bytes < 300 for x in found if x.kind == "all-reduce"), "more than counts and telemetry"
+
+
+def test_a_bounded_exchange_drops_what_finds_no_room_and_counts_it():
+    build = F(MoE, router=F(TopK, top_k=2), experts=F(Experts, count=4, width=WIDTH), dispatch=F(Dropless, room=0.6))
+    graph, params, names = random_module(lambda rngs: build(D, rngs=rngs), std=0.4)
+
+    def loss(params, x_BTD):
+        moe = nnx.merge(graph, params)
+        y_BTD, aux = moe(x_BTD, CTX)
+        return jnp.sum(y_BTD), (y_BTD, aux["dropped"], moe.router(x_BTD, CTX).index_BTJ)
+
+    (_, (whole_BTD, none, index_BTJ)), _ = run(None, loss, params, names)
+    (_, (y_BTD, dropped, _)), _ = run(layout(expert=2, data=2), loss, params, names)
+    rows, lost_BT, room = B // 4, np.zeros((B, T), int), math.ceil(0.6 * (B // 4) * T)
+    for first in range(0, B, rows):  # the rows of a device
+        for part in range(2):  # the devices that they go to
+            tokens = [(b, t) for b in range(first, first + rows) for t in range(T) if SEGMENTS[b, t]]
+            sent = [(int(e), b, t) for b, t in tokens for e in index_BTJ[b, t] if e // 2 == part]
+            for _, b, t in sorted(sent, key=lambda one: one[0])[room:]:
+                lost_BT[b, t] += 1
+    assert none == 0 and lost_BT.sum() > 0
+    assert float(dropped) == pytest.approx(lost_BT.sum() / (2 * SEGMENTS.sum()))
+    np.testing.assert_allclose(y_BTD[lost_BT == 0], whole_BTD[lost_BT == 0], atol=1e-5)
+    assert np.abs(y_BTD - whole_BTD)[lost_BT > 0].max(-1).min() > 1e-4
+
+
+def test_a_mixture_works_inside_a_stage_of_a_pipeline():
+    graph, params, _ = mixture("dropless")
+    stages = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+
+    def value(params, x_BTD):
+        return jnp.square(jnp.sin(nnx.merge(graph, params)(x_BTD, CTX)[0]))
+
+    def staged(stages, x_BTD):
+        def stage(stages, x_LBTD):
+            return value(jax.tree.map(lambda leaf: leaf[0], stages), x_LBTD[0])[None]
+
+        axes_of = jax.tree.map(lambda leaf: ("layers", *(None,) * (leaf.ndim - 1)), stages)
+        rows = ("layers", None, None, None)
+        run = axes.shard_map(stage, over=("stage",), inputs=(axes_of, rows), outputs=rows, check=False)
+        return jnp.sum(run(stages, jnp.stack([x_BTD, -x_BTD])))
+
+    def unstaged(stages, x_BTD):
+        return sum(
+            jnp.sum(value(jax.tree.map(lambda leaf, i=i: leaf[i], stages), sign * x_BTD))
+            for i, sign in enumerate((1, -1))
+        )
+
+    want = jax.jit(jax.value_and_grad(unstaged))(stages, jnp.asarray(X))
+    with axes.place_with(layout(stage=2, expert=4)):
+        assert_same(jax.jit(jax.value_and_grad(staged))(stages, jnp.asarray(X)), want)
+
+
+def test_what_does_not_fit_is_refused():
+    build = F(MoE, router=F(TopK, top_k=2), experts=F(Experts, count=6, width=4))
+    graph, params, _ = random_module(lambda rngs: build(D, rngs=rngs))
+    with axes.place_with(layout(expert=4)), pytest.raises(ValueError, match=r"Experts\.count=6 does not .* 4 devices"):
+        jax.eval_shape(lambda: nnx.merge(graph, params)(jnp.asarray(X), CTX))
+    for knobs, message in (
+        ({"exchange": "broadcast"}, r"Dropless\.exchange='broadcast'"),
+        ({"room": 0.0}, r"Dropless\.room=0\.0"),
+        ({"room": 2.0, "exchange": "gather"}, r"Dropless\.room=2\.0 is for exchange"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Dropless(**knobs)

@@ -125,7 +125,7 @@ def test_a_permutation_of_the_scope_permutes_the_outputs():
 def test_a_modality_that_does_not_occur_lowers_no_mean():
     graph, params, call = layer(groups=(4, 3), auxiliary=AuxiliaryRouter)
     _, aux = call(params, X, context(np.zeros((B, T), int)))
-    group = jax.jit(lambda params, *x: nnx.merge(graph, params).groups[0].by_choice(*x, None).agreement)
+    group = jax.jit(lambda params, *x: nnx.merge(graph, params).groups[0].by_choice(*x, None, B).agreement)
     for name, value in group(params, X, SEGMENTS > 0).items():
         assert float(aux[name]) == pytest.approx(float(value), rel=1e-5) and value > 0
 
