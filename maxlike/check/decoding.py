@@ -1,7 +1,7 @@
 """Rows about decoding: a cache against the whole row, and a mixer's two forms against each other."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,50 +15,32 @@ from layers.encoder_decoder import EncoderDecoder
 from layers.language_model import LanguageModel
 from layers.stack import unroll
 from maxlike.check.compare import Comparison, compare
-from maxlike.check.subject import LeftOut, Row, Subject, Variant, refused_by_us
+from maxlike.check.subject import LeftOut, Row, Subject, refused_by_us
 
 REORDERED = 1e-4  # of a tensor's magnitude, float32: the same result by another algorithm
 PROMPTS, LENGTH = (7, 4), 16  # tokens of each row's prompt, and of the whole row
-ROW = "decode"
 MIXERS = ("mixer", "second_mixer")  # names under which blocks hold them
 
 
 def decode(subject: Subject) -> Iterator[Row]:
     """Ragged prompts and then token by token from a cache, against the whole row at once."""
-    compared = "cached decoding against the forward pass"
-    kernels.forget()
-    yield subject.row(ROW, compared, lambda: _decode(subject, subject.base))
-    taken = {implementation for op, implementation, _ in kernels.report() if op == "cached_attention"}
-    for implementation in kernels.IMPLEMENTATIONS["cached_attention"] if taken else ():
-        if implementation not in taken:
-            choices = (*subject.base.choices, ("cached_attention", implementation))
-            variant = Variant(subject.base.experiment, subject.base.layout, choices)
-            name = f"{ROW}/cached_attention={implementation}"
-            yield subject.row(name, compared, functools.partial(_decode, subject, variant))
+    yield subject.row("decode", "cached decoding against the forward pass", functools.partial(_decode, subject))
 
 
-def _decode(subject: Subject, variant: Variant) -> Comparison:
+def _decode(subject: Subject) -> Comparison:
     if not isinstance(subject.network, LanguageModel | EncoderDecoder):
         raise LeftOut("the network does not decode")
     if not subject.network.causal:
         raise LeftOut("the network is bidirectional: it continues no text")
-    tokens_BT = jnp.asarray(
-        np.random.default_rng(3).integers(1, subject.network.vocab, (len(PROMPTS), LENGTH)), jnp.int32
-    )
-    abstract = variant.experiment.abstract_model()
+    random = np.random.default_rng(3)
+    tokens_BT = jnp.asarray(random.integers(1, subject.network.vocab, (len(PROMPTS), LENGTH)), jnp.int32)
+    abstract = subject.base.experiment.abstract_model()
 
     def run(params: dict, buffers: dict) -> tuple[jax.Array, jax.Array]:
         network = abstract.merge(params, buffers)
         return _whole(network, tokens_BT), _cached(network, tokens_BT)
 
-    with variant.chosen():
-        try:
-            lowered = jax.jit(run).lower(subject.start["params"], subject.start["buffers"])
-        except ValueError as error:
-            if not refused_by_us(error):
-                raise
-            raise LeftOut(f"refused: {error}") from error
-    whole, cached = (np.asarray(x) for x in lowered.compile()(subject.start["params"], subject.start["buffers"]))
+    whole, cached = _computed(subject, run)
     # A prompt's logits are only read at its end.
     read = [(row, t) for t in range(LENGTH) for row, prompt in enumerate(PROMPTS) if t >= prompt - 1]
     records = (
@@ -66,6 +48,19 @@ def _decode(subject: Subject, variant: Variant) -> Comparison:
         for x in (cached, whole)
     )
     return compare(*records, REORDERED)
+
+
+def _computed(subject: Subject, run: Callable) -> list[np.ndarray]:
+    """The arrays of `run(params, buffers)`. Raises LeftOut with the sentence of a layer that refuses."""
+    state = subject.start["params"], subject.start["buffers"]
+    try:
+        with subject.base.chosen():
+            lowered = jax.jit(run).lower(*state)
+    except ValueError as error:
+        if not refused_by_us(error):
+            raise
+        raise LeftOut(f"refused: {error}") from error
+    return [np.asarray(x) for x in lowered.compile()(*state)]
 
 
 def _whole(network: Any, tokens_BT: jax.Array) -> jax.Array:
@@ -190,12 +185,6 @@ def _recurrent(subject: Subject, path: str) -> Comparison:
         _, tokens_TBD = jax.lax.scan(step, part.init_cache(2, LENGTH, jnp.float32), jnp.arange(LENGTH))
         return whole_BTD, jnp.swapaxes(tokens_TBD, 0, 1)
 
-    try:
-        lowered = jax.jit(run).lower(subject.start["params"], subject.start["buffers"])
-    except ValueError as error:
-        if not refused_by_us(error):
-            raise
-        raise LeftOut(f"refused: {error}") from error
-    whole, tokens = (np.asarray(x) for x in lowered.compile()(subject.start["params"], subject.start["buffers"]))
+    whole, tokens = _computed(subject, run)
     records = ({path: {f"token {t}": x[:, t] for t in range(LENGTH)}} for x in (whole, tokens))
     return compare(*records, REORDERED)

@@ -4,9 +4,9 @@ import pathlib
 
 import numpy as np
 
-from maxlike.data import files
+from maxlike.data import files, reader
 from maxlike.data.data import Data
-from maxlike.data.reader import Batch, fields_of, shift
+from maxlike.data.reader import Batch
 from maxlike.data.rows import PADDING
 from maxlike.data.sources import Text
 from maxlike.data.tokenizers import Tokenizer
@@ -81,7 +81,9 @@ def packed_and_separate(*, vocab: int, rows: int, length: int) -> tuple[Batch, B
 
     def batch(tokens: list[np.ndarray], pieces: list[list[tuple[int, int, int]]]) -> Batch:
         counts = np.array([len(row) for row in pieces])
-        fields = fields_of(np.stack(tokens).astype(np.int32), np.array([p for row in pieces for p in row]), counts)
-        return shift(fields, bytes_per_token)
+        fields = reader.fields_of(
+            np.stack(tokens).astype(np.int32), np.array([p for row in pieces for p in row]), counts
+        )
+        return reader.shift(fields, bytes_per_token)
 
     return batch(packed_tokens, packed_pieces), batch(alone_tokens, alone_pieces), places

@@ -25,6 +25,7 @@ from maxlike.convert.structure import Structure
 from maxlike.data.data import Batches
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
+from maxlike.optimizers.moments import Moments
 from maxlike.program import Program
 from maxlike.sharding import Layout
 
@@ -108,7 +109,9 @@ class Subject:
                 "the check shrinks a gin file, and this experiment was built in Python: load it by config.load"
             )
         self.folder, self.rows = folder, rows
+        self._variants: dict[tuple, Variant] = {}
         self._taken: dict[Variant, set[str]] = {}
+        self._records: dict[Variant, Record] = {}
         bindings = Bindings(experiment.config.operative)
         self.changes: list[Change] = shrink(bindings)
         self.path = folder / "small.gin"
@@ -140,20 +143,30 @@ class Subject:
         data = self._documents(network.vocab, experiment.batch_size, experiment.sequence_length)
         return dataclasses.replace(experiment, data=data)
 
-    def variant(
-        self, lines: Lines = (), overlays: Sequence[str] = ("mesh/single",), choices: Sequence[tuple[str, str]] = ()
-    ) -> Variant:
-        """A variant with the Recorder and without clipping, which would hide a gradient's scale."""
-        experiment = self.real(lines, overlays)
-        step = copy.copy(experiment.step)
-        step.clip_norm = None
-        experiment = dataclasses.replace(experiment, optimizer=Recorder(), step=step)
-        return Variant(experiment, experiment.mesh.open(), tuple(choices))
+    def variant(self, lines: Lines = (), overlays: Sequence[str] = ("mesh/single",)) -> Variant:
+        """The twin with further bindings and overlays: the Recorder, whole moments, no clipping, which would hide a
+        gradient's scale, and scanned layers, which compile once. Asked again for the same, it gives the same."""
+        name = (tuple(lines), tuple(overlays))
+        if name not in self._variants:
+            experiment = self.real(lines, overlays)
+            step = copy.copy(experiment.step)
+            step.clip_norm, step.moments = None, Moments()
+            experiment = dataclasses.replace(experiment, optimizer=Recorder(), step=step)
+            self._variants[name] = Variant(experiment, experiment.mesh.open(), (("layers", "scan"),))
+        return self._variants[name]
 
-    @functools.cached_property
+    def choosing(self, variant: Variant, op: str, implementation: str) -> Variant:
+        """A variant with another implementation of one operation."""
+        name = (variant, op, implementation)
+        if name not in self._variants:
+            choices = (*variant.choices, (op, implementation))
+            self._variants[name] = Variant(variant.experiment, variant.layout, choices)
+        return self._variants[name]
+
+    @property
     def base(self) -> Variant:
-        """The twin on one device, scanned."""
-        return self.variant(choices=[("layers", "scan")])
+        """The twin on one device."""
+        return self.variant()
 
     @functools.cached_property
     def network(self) -> Any:
@@ -177,11 +190,6 @@ class Subject:
         """The first batches of the documents."""
         batches = self.train_batches(self.base.experiment)
         return [batches.batch(step) for step in range(STEPS)]
-
-    @functools.cached_property
-    def record(self) -> Record:
-        """What the base computes."""
-        return self.run(self.base)
 
     def train_batches(self, experiment: Experiment) -> Batches:
         return experiment.data.train(
@@ -208,9 +216,14 @@ class Subject:
             self.lower(variant, self.batches[0])
         return self._taken[variant]
 
-    def run(self, variant: Variant, batches: Sequence[dict[str, np.ndarray]] | None = None) -> Record:
+    def record(self, variant: Variant) -> Record:
+        """What a variant computes on the first batches; run once."""
+        if variant not in self._records:
+            self._records[variant] = self.run(variant, self.batches)
+        return self._records[variant]
+
+    def run(self, variant: Variant, batches: Sequence[dict[str, np.ndarray]]) -> Record:
         """Metrics, gradients and buffers of each step, and the parameters at the end, from `start`."""
-        batches = self.batches if batches is None else batches
         program, lowered = self.lower(variant, batches[0])
         compiled = lowered.compile()
         state = jax.device_put(self.start, program.shardings)
@@ -218,31 +231,40 @@ class Subject:
         structure, record = Structure(variant.experiment.bare()), {}
         for number, batch in enumerate(batches, 1):
             state, metrics = compiled(state, program.put(batch), allow)
-            record[f"{METRICS} of step {number}"] = {name: np.asarray(value) for name, value in metrics.items()}
+            order = sorted(metrics, key=lambda name: (name != "loss", name == "grad_norm", name))
+            record[f"{METRICS} of step {number}"] = {name: np.asarray(metrics[name]) for name in order}
             record[f"gradients of step {number}"] = by_depth(state["opt"]["gradient"], structure)
             record[f"buffers after step {number}"] = by_depth(state["buffers"], structure, buffers=True)
         return record | {"parameters at the end": by_depth(state["params"], structure)}
 
     def forward(self, variant: Variant, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What every layer gives for a batch, in order of depth; empty for a network without stacks."""
-        program = Program.of(variant.experiment, variant.layout)
+        program, names = Program.of(variant.experiment, variant.layout), {}
 
         def run(params: dict, buffers: dict, batch: dict) -> dict[str, jax.Array]:
-            with axes.place_with(variant.layout):
-                return watch.outputs(program.model.merge(params, buffers), batch)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(axes.place_with(variant.layout))
+                if variant.layout.keys is not None:
+                    stack.enter_context(kernels.choose("context_attention", variant.layout.keys))
+                found = watch.outputs(program.model.merge(params, buffers), batch)
+            names.update(dict.fromkeys(found))  # jit hands a dict back sorted by its keys, not by depth
+            return found
 
         with variant.chosen():
             compiled = jax.jit(run).lower(
                 program.state["params"], program.state["buffers"], program.abstract_batch(batch)
             )
-        placed = jax.device_put(self.start, program.shardings)
-        return jax.device_get(compiled.compile()(placed["params"], placed["buffers"], program.put(batch)))
+        placed, rows = jax.device_put(self.start, program.shardings), program.put(batch)
+        given = jax.device_get(compiled.compile()(placed["params"], placed["buffers"], rows))
+        if "order" in rows:  # devices hold the tokens of a row in another order than the row
+            back = np.argsort(np.asarray(rows["order"])[0])
+            given = {name: x[:, back] for name, x in given.items()}
+        return {name: given[name] for name in names}
 
     def against(self, one: Variant, other: Variant, tolerance: float) -> Comparison:
         """Compares two variants over the batches. Where they depart, the forward passes are looked at layer by layer,
         for a gradient or a metric departs at once whichever layer is at fault."""
-        trusted = self.record if other is self.base else self.run(other)
-        result = compare(self.run(one), trusted, tolerance)
+        result = compare(self.record(one), self.record(other), tolerance)
         return self.located(result, one, other) if result.first is not None else result
 
     def located(self, result: Comparison, one: Variant, other: Variant) -> Comparison:

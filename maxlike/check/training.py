@@ -18,7 +18,6 @@ from maxlike.objectives.masked_tokens import MaskedTokens
 from maxlike.objectives.next_token import NextToken
 
 EXACT = 1e-5  # of a tensor's magnitude, float32: the same sums in another order
-SCANNED = (("layers", "scan"),)
 # The implementation of each operation that is closest to its formula.
 PLAINEST = {
     "attention": "xla",
@@ -27,7 +26,7 @@ PLAINEST = {
     "dual_chunk": "whole",
     "context_attention": "gather",
 }
-ELSEWHERE = ("layers", "cached_attention")  # the rows `scan` and `decode`
+ELSEWHERE = ("layers",)  # the row `scan`
 NEEDS = {"cudnn": "a GPU"}
 NOT_MESHES = ("mesh/rules", "mesh/single")
 WHOLE_BATCH = ("loss", "bits_per_byte", "grad_norm")  # metrics that are sums over tokens, however these are grouped
@@ -41,7 +40,7 @@ def mesh_names() -> list[str]:
 def on_mesh(subject: Subject, name: str) -> Variant:
     """The twin on a mesh overlay. Raises LeftOut where the mesh does not take it."""
     try:
-        variant = subject.variant(overlays=[name], choices=SCANNED)
+        variant = subject.variant(overlays=[name])
     except UserError as refusal:
         raise LeftOut(f"refused: {refusal}") from refusal
     if variant.layout.mesh.size == 1:
@@ -94,13 +93,10 @@ def _others(op: str) -> list[str]:
 def _implementation(subject: Subject, variant: Variant, op: str, implementation: str, where: str) -> Row:
     plain = PLAINEST.get(op, kernels.IMPLEMENTATIONS[op][0])
 
-    def with_choice(name: str) -> Variant:
-        return Variant(variant.experiment, variant.layout, (*variant.choices, (op, name)))
-
     def judge() -> Comparison:
         if implementation in NEEDS:
             raise LeftOut(f"needs {NEEDS[implementation]}")
-        return subject.against(with_choice(implementation), with_choice(plain), EXACT)
+        return subject.against(*(subject.choosing(variant, op, name) for name in (implementation, plain)), EXACT)
 
     return subject.row(f"kernels/{op}={implementation}", f"against {plain}{where}", judge)
 
@@ -109,10 +105,9 @@ def scan(subject: Subject) -> Iterator[Row]:
     """The stack as a loop over its periods against every layer written out."""
 
     def judge() -> Comparison:
-        unrolled = Variant(subject.base.experiment, subject.base.layout, (("layers", "unrolled"),))
         if "layers" not in subject.taken(subject.base):
             raise LeftOut("the network has no Stack")
-        return subject.against(subject.base, unrolled, EXACT)
+        return subject.against(subject.base, subject.choosing(subject.base, "layers", "unrolled"), EXACT)
 
     yield subject.row("scan", "scanned layers against unrolled ones", judge)
 
@@ -127,8 +122,7 @@ def remat(subject: Subject) -> Iterator[Row]:
             if not subject.bindings.values("remat", "Stack"):
                 raise LeftOut("the network has no Stack")
             one, other = (
-                subject.variant(subject.bindings.override("Stack", "remat", value), choices=SCANNED)
-                for value in (policy, "none")
+                subject.variant(subject.bindings.override("Stack", "remat", value)) for value in (policy, "none")
             )
             return subject.against(one, other, EXACT)
 
@@ -144,9 +138,9 @@ def accumulation(subject: Subject) -> Iterator[Row]:
     def judge() -> Comparison:
         if isinstance(subject.base.experiment.objective, MaskedTokens):
             raise LeftOut("MaskedTokens draws its masks anew for every micro-batch")
-        one = subject.variant([*lines, *subject.bindings.override("Step", "micro_batches", 2)], choices=SCANNED)
-        other = subject.variant(lines, choices=SCANNED)
-        result = compare(_totals(subject.run(one)), _totals(subject.run(other)), EXACT)
+        one = subject.variant([*lines, *subject.bindings.override("Step", "micro_batches", 2)])
+        other = subject.variant(lines)
+        result = compare(_totals(subject.record(one)), _totals(subject.record(other)), EXACT)
         return result if result.first is None else subject.located(result, one, other)
 
     yield subject.row("accumulation", "2 micro-batches against one batch", judge, remark)
@@ -164,7 +158,7 @@ def packed(subject: Subject) -> Iterator[Row]:
             raise LeftOut("its layers choose among the tokens of a row, so they see what a row is packed of")
         if any(isinstance(part.dispatch, Capacity) for part in parts(network, MoE)):
             raise LeftOut("dispatch.Capacity drops choices by the row")
-        variant = subject.variant(lines, choices=SCANNED)
+        variant = subject.variant(lines)
         together, alone, places = documents.packed_and_separate(
             vocab=network.vocab, rows=experiment.batch_size, length=experiment.sequence_length
         )

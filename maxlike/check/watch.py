@@ -35,7 +35,7 @@ def outputs(network: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(out.aux)[0]:
         *stack, name = (str(key.key) for key in path)
-        if name == OUTPUT and leaf.ndim == 4:
+        if name == OUTPUT and leaf.shape[1:] == out.hidden_BTD.shape:  # a pipeline gives means over micro-batches
             found |= {f"{'/'.join([*stack, 'stack'])}/{layer}": leaf[layer] for layer in range(leaf.shape[0])}
     return found | {"hidden states": out.hidden_BTD, "logits": network.logits(out.hidden_BTD)}
 
