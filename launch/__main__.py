@@ -129,7 +129,7 @@ def _run(argv: list[str]) -> None:
     catalog.find("job", arguments.job)
     from launch import environment
 
-    simulated.prepare(arguments.job)
+    simulated.prepare(arguments.job, rest)
     environment.prepare(arguments.xla)
     import absl.flags
 

@@ -1,4 +1,4 @@
-"""Jobs that run on simulated devices, whatever hardware this machine has."""
+"""Jobs that run on simulated devices, or on none, whatever hardware this machine has."""
 
 import os
 
@@ -6,12 +6,40 @@ import os
 JOBS = {"check": ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")}
 
 
-def prepare(job: str) -> None:
+# libtpu compiles for a TPU that is not there if nobody asks the cloud which one this machine has. What it compiles must
+# not come from the cache of compiled programs, which would have to load it onto a device.
+WITHOUT_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+
+
+def prepare(job: str, flags: list[str]) -> None:
     """Before jax is imported, and before `environment.prepare` asks for the platform: several CPU devices for the jobs
-    of JOBS. What the user has set stays as it is."""
-    if job not in JOBS:
+    of JOBS, and for `plan` whatever its --topology needs. What the user has set stays as it is.
+
+    flags: the job's own flags of the command line.
+    """
+    wanted: tuple[str, ...] = JOBS.get(job, ())
+    if job == "plan":
+        topology = _value(flags, "--topology")
+        if topology == "local":
+            return
+        if topology is not None and topology.startswith("cpu:"):
+            wanted = (f"--xla_force_host_platform_device_count={topology[4:]}", "--xla_backend_optimization_level=0")
+        else:
+            for name, value in WITHOUT_TPU.items():
+                os.environ.setdefault(name, value)
+    elif not wanted:
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     present = os.environ.get("XLA_FLAGS", "")
-    ours = [flag for flag in JOBS[job] if flag.split("=")[0] not in present]
+    ours = [flag for flag in wanted if flag.split("=")[0] not in present]
     os.environ["XLA_FLAGS"] = " ".join([present, *ours]).strip()
+
+
+def _value(flags: list[str], name: str) -> str | None:
+    """Of `--name value` or `--name=value`."""
+    for word, after in zip(flags, [*flags[1:], None]):
+        if word == name:
+            return after
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None

@@ -17,7 +17,11 @@ MARGIN = 0.08
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An experiment on a target. memory, collectives, time: by formula; compiled: of the compiler, None without it; refused: why the compiler gave up. time is of the compiler's collectives where there are any."""
+    """An experiment on a target.
+
+    memory, collectives, time: by formula, or of the compiler's collectives where something was compiled. time: None
+    where the target's speed is not known. compiled: of the compiler, None without it. refused: why it gave up.
+    """
 
     experiment: Experiment
     target: Target

@@ -64,7 +64,10 @@ def rank(plan: Plan, top: int) -> list[Candidate]:
             f"{closest.experiment.step.micro_batches} micro-batches{hint}"
         )
     fitting.sort(key=lambda item: item[1].time.step)
-    return [Candidate(made, _sensitivity(key, found)) for key, made in fitting[:top]]
+    best: dict[tuple, tuple[Key, Plan]] = {}
+    for key, made in fitting:  # of a mesh and remat the fastest micro-batches alone
+        best.setdefault(key[:2], (key, made))
+    return [Candidate(made, _sensitivity(key, found)) for key, made in list(best.values())[:top]]
 
 
 def evaluate(experiment: Experiment, target: Target) -> dict[Key, Plan]:

@@ -123,6 +123,8 @@ def verdict(plan: Any) -> str:
 def show(told: dict[str, Any], console: Console | None = None) -> None:
     """Prints the tables."""
     console = Console(highlight=False) if console is None else console
+    if not console.is_terminal:
+        console.width = 140
     console.print(_overview(told))
     if told["collectives"]:
         console.print(_collectives(told["collectives"]))

@@ -17,9 +17,9 @@ TPUS = tuple(device.name for device in mfu.DEVICES if device.platform == "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """word: how it was asked for. platform: "cpu", "gpu" or "tpu". count: devices. device: their entry in the
-    table, None where their speed is not known. devices: to compile for; None: there are none, and the plan is analytic. torus: how
-    TPUs are linked, and None for others."""
+    """word: how it was asked for. platform: "cpu", "gpu" or "tpu". count: devices. device: their entry in the table,
+    None where their speed is not known. devices: to compile for; None: there are none, and the plan is by formula.
+    torus: how TPUs are linked, and None for others."""
 
     word: str
     platform: str
