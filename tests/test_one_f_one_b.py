@@ -14,6 +14,7 @@ from layers.embed import Head
 from layers.language_model import LanguageModel
 from layers.multi_token import MultiToken
 from layers.norm import RMSNorm
+from layers.pipeline import Circular
 from layers.stack import Stack
 from maxlike.errors import UserError
 from maxlike.model import AbstractModel
@@ -138,3 +139,34 @@ def test_only_language_models_are_taken_apart():
 def test_no_micro_batch_is_refused():
     with pytest.raises(UserError, match=r"OneFOneB\.micro_batches=0"):
         OneFOneB(micro_batches=0)
+
+
+def largest(jaxpr, trailing):
+    """The most elements of any floating array in a program, among those whose last dimensions are `trailing`."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        for aval in (v.aval for v in equation.outvars):
+            if aval.shape[-len(trailing) :] == trailing and jnp.issubdtype(aval.dtype, jnp.floating):
+                sizes.append(aval.size)
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            inner = parameter.jaxpr if hasattr(parameter, "jaxpr") else parameter
+            if hasattr(inner, "eqns"):
+                sizes.append(largest(inner, trailing))
+    return max(sizes)
+
+
+@pytest.mark.parametrize("one_f_one_b", [True, False])
+def test_it_keeps_the_inputs_of_as_many_micro_batches_as_are_under_way(one_f_one_b):
+    B, M, S = 32, 16, 2
+    schedule = {"gradients": F(OneFOneB, micro_batches=M)} if one_f_one_b else {}
+    stack = F(Stack, pattern=(BLOCK,), depth=2, scan=True, pipeline=F(Circular, micro_batches=M))
+    model = AbstractModel.of(language_model(stack=stack))
+    state = {"params": model.params, "buffers": model.buffers}
+
+    def run(state):
+        with axes.place_with(Mesh(shape={"stage": S}, rules=RULES).open()):
+            return Step(**schedule)._gradients(state, batch(B), jax.random.key(0), model, NextToken())[2]
+
+    kept = largest(jax.make_jaxpr(run)(state).jaxpr, (T, D)) / (B // M * T * D)
+    # what jax keeps for a backward pass is of all stages at once
+    assert kept == (2 * S - 1 if one_f_one_b else S * (M + S - 1))

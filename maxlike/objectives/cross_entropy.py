@@ -133,6 +133,11 @@ def _everywhere(local: Callable, over: tuple[str, ...], batch: tuple, closed_ove
     return axes.shard_map(local, over=over, inputs=inputs, outputs=outputs)(batch, closed_over)
 
 
+def _varying(arrays: list, over: tuple[str, ...]) -> list:
+    """The same arrays on all devices, each device's to do with as it likes."""
+    return [jax.lax.pcast(x, over, to="varying") for x in arrays] if over else arrays
+
+
 def _of_chunk(function: Callable, hidden: jax.Array, *closed_over: jax.Array) -> jax.Array:
     return axes.constrain(function(hidden, *closed_over), "batch", "length", "act_vocab")
 
@@ -140,6 +145,8 @@ def _of_chunk(function: Callable, hidden: jax.Array, *closed_over: jax.Array) ->
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _summed(function, z_loss, chunks, over, batch, closed_over):
     def local(batch, closed_over):
+        closed_over = _varying(closed_over, over)
+
         def body(sums, xs):
             h, *rest = xs
             return jax.tree.map(jnp.add, sums, _chunk(_of_chunk(function, h, *closed_over), *rest)[0]), None
@@ -153,8 +160,7 @@ def _summed(function, z_loss, chunks, over, batch, closed_over):
 
 def _forward(function, z_loss, chunks, over, batch, closed_over):
     def local(batch, closed_over):
-        if over:  # else each chunk would sum its gradients over the devices
-            closed_over = [jax.lax.pcast(x, over, to="varying") for x in closed_over]
+        closed_over = _varying(closed_over, over)  # else each chunk would sum its gradients over the devices
 
         def body(carry, xs):
             sums, head_gradients = carry
