@@ -22,7 +22,7 @@ def prepare(job: str, flags: list[str]) -> None:
         topology = _value(flags, "--topology")
         if topology == "local":
             return
-        if topology is not None and topology.startswith("cpu:"):
+        if topology is not None and topology.startswith("cpu:") and topology[4:].isdigit():
             wanted = (f"--xla_force_host_platform_device_count={topology[4:]}", "--xla_backend_optimization_level=0")
         else:
             for name, value in WITHOUT_TPU.items():
