@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from maxlike.hlo import Computation, Instruction, HloModule
+from maxlike.hlo import Computation, HloModule, Instruction
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 
@@ -40,14 +40,15 @@ class Collective:
 def collectives(hlo_text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     """All collectives of a compiled program that ran through the partitioner on `mesh`, in the order of the program.
 
-    The two halves of an asynchronous collective count once. Of the branches of a conditional the one that sends most
-    counts. What stays on its device (a group of one) does not count.
+    The halves of an asynchronous collective count once, and so do the pieces that a TPU spreads over several fusions
+    with other work (they share a chain). Of the branches of a conditional the one that sends most counts. What stays on
+    its device (a group of one) does not count.
 
     Raises ValueError for a collective in a loop whose trip count the text does not determine, and for groups of devices
     that are not written in a known form.
     """
     module = HloModule.parse(hlo_text)
-    return list(_walk(module, module.computations[module.entry], [], 1, mesh))
+    return list(_walk(module, module.computations[module.entry], [], 1, mesh, set()))
 
 
 def by_axis(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
@@ -59,12 +60,23 @@ def by_axis(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], in
 
 
 def _walk(
-    module: HloModule, computation: Computation, arguments: list[Any], times: int | None, mesh: jax.sharding.Mesh
+    module: HloModule,
+    computation: Computation,
+    arguments: list[Any],
+    times: int | None,
+    mesh: jax.sharding.Mesh,
+    chains: set[tuple[str, str]],
 ) -> Iterable[Collective]:
-    """The collectives of a computation that runs `times` times (None: nobody knows) with `arguments`."""
+    """The collectives of a computation that runs `times` times (None: nobody knows) with `arguments`. chains: those
+    whose first piece has been seen."""
     for instruction in computation.instructions.values():
         kind = instruction.opcode.removesuffix("-start").removeprefix("ragged-")
         if kind in get_args(Kind):
+            chain = tuple(instruction.find(rf'{name}="?(\d+)') for name in ("chain_id", "channel_id"))
+            if chain in chains:
+                continue
+            if chain[0] is not None:
+                chains.add(chain)
             for collective in _measure(computation, instruction, kind, mesh):
                 if times is None:
                     raise ValueError(f"{instruction.name} runs in a loop whose trip count the program does not state")
@@ -74,15 +86,16 @@ def _walk(
             for part, runs in (("condition", 1), ("body", 0)):
                 inner = module.computations[instruction.find(rf"(?:^|, ){part}=%?([\w.\-]+)")]
                 each = None if count is None or times is None else times * (count + runs)
-                yield from _walk(module, inner, [carry], each, mesh)
+                yield from _walk(module, inner, [carry], each, mesh, chains)
         elif instruction.opcode == "conditional":
-            branches = [list(_walk(module, c, [], times, mesh)) for c in _branches(module, instruction)]
+            branches = [list(_walk(module, c, [], times, mesh, chains)) for c in _branches(module, instruction)]
             yield from max(branches, key=lambda found: sum(c.bytes * c.times for c in found))
         elif instruction.opcode not in ("async-done", "async-update"):
             called = instruction.find(r"(?:^|, )(?:calls|to_apply)=%?([\w.\-]+)")
             if called is not None:
-                values = [module.value(computation, name, arguments) for name in instruction.operands]
-                found = _walk(module, module.computations[called], values, times, mesh)
+                calls = instruction.opcode == "call"  # no other holds a loop
+                values = [module.value(computation, name, arguments) for name in instruction.operands if calls]
+                found = _walk(module, module.computations[called], values, times, mesh, chains)
                 yield from map(_scattered, found) if called.startswith("all-reduce-scatter") else found
 
 

@@ -10,6 +10,7 @@ LONGEST_LOOP = 100_000
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_SMALL = re.compile(r"\(|(?:pred|[su]\d+)\[\]")  # types that may hold whole numbers: scalars, and tuples with some
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -88,20 +89,30 @@ class HloModule:
 
     def _carry(self, body: Computation, carry: tuple) -> tuple:
         """The carry after one iteration, as far as it is known; what is unknown stays so."""
-        root = body.instructions[body.root]
-        if root.opcode != "tuple":
-            after = self.value(body, body.root, [carry])
-            return after if isinstance(after, tuple) else (None,) * len(carry)
-        known = zip(root.operands, carry, strict=True)
-        return tuple(None if before is None else self.value(body, name, [carry]) for name, before in known)
+        after = self.value(body, body.root, [carry])
+        if not isinstance(after, tuple):
+            return (None,) * len(carry)
+        return tuple(None if old is None else new for old, new in zip(carry, after, strict=True))
 
     def value(self, where: Computation, name: str, arguments: list[Any]) -> Any:
         """The value of an instruction as far as whole numbers go: int, bool, a tuple of values, or None for unknown.
         `arguments`: values of the computation's parameters."""
-        instruction = where.instructions[name]
+        return self._value(where, name, arguments, {})
 
+    def _value(self, where: Computation, name: str, arguments: list[Any], known: dict[str, Any]) -> Any:
+        """`known`: values found so far with these arguments."""
+        if name not in known:
+            instruction = where.instructions[name]
+            known[name] = (
+                self._compute(where, instruction, arguments, known) if _SMALL.match(instruction.type) else None
+            )
+        return known[name]
+
+    def _compute(
+        self, where: Computation, instruction: Instruction, arguments: list[Any], known: dict[str, Any]
+    ) -> Any:
         def operand(i: int) -> Any:
-            return self.value(where, instruction.operands[i], arguments)
+            return self._value(where, instruction.operands[i], arguments, known)
 
         match instruction.opcode:
             case "constant":

@@ -98,7 +98,7 @@ def test_unknown_groups_are_refused():
 
 
 # As compilers for TPU and GPU write it: asynchronous halves, a loop that does not state its trip count (its bound lies
-# in the carry), a conditional, and a reduce-scatter that is a fusion around an all-reduce.
+# in the carry), a conditional, a gather in pieces beside other work, a reduce-scatter as a fusion of an all-reduce.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -133,6 +133,16 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %less = pred[] compare(%i.1, %n.1), direction=LT
 }
 
+%piece.1 (u: f32[4]) -> f32[16] {
+  %u = f32[4]{0} parameter(0)
+  ROOT %begun = f32[16] all-gather(%u), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+}
+
+%piece.2 (v: f32[4]) -> f32[16] {
+  %v = f32[4]{0} parameter(0)
+  ROOT %ended = f32[16] all-gather(%v), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+}
+
 %idle (q: f32[4]) -> f32[4] {
   ROOT %q = f32[4]{0} parameter(0)
 }
@@ -152,6 +162,8 @@ ENTRY %main (x.1: bf16[4,8], z: f32[16,8], w: f32[4], which: pred[]) -> f32[2,8]
   %start = (s32[], bf16[4,8], s32[]) tuple(%first, %x.1, %last)
   %loop = (s32[], bf16[4,8]{1,0}, s32[]) while(%start), condition=%condition, body=%body
   %either = f32[4]{0} conditional(%which, %w, %w), true_computation=%busy, false_computation=%idle
+  %beside.1 = f32[16]{0} fusion(%w), kind=kCustom, calls=%piece.1
+  %beside.2 = f32[16]{0} fusion(%w), kind=kCustom, calls=%piece.2
   ROOT %scattered = f32[2,8]{1,0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
@@ -161,6 +173,7 @@ def test_forms_of_other_backends():
     assert collectives(TEXT, mesh(data=2, fsdp=4)) == [
         Collective("all-gather", ("fsdp",), "bf16", 4 * 8 * 2 * 3, 7, "gather"),
         Collective("collective-permute", ("fsdp",), "f32", 16, 1, "permuted"),
+        Collective("all-gather", ("fsdp",), "f32", 4 * 4 * 3, 1, "begun"),
         Collective("reduce-scatter", ("data", "fsdp"), "f32", 16 * 8 * 4 * 7 // 8, 1, "all-reduce.9"),
     ]
 
