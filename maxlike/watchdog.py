@@ -85,7 +85,7 @@ class Watch:
         self._steps: collections.deque[float] = collections.deque(maxlen=_USUAL)
         self._waited = 0.0  # seconds this step has waited for its data
         self._now: tuple[str, int, float, float] | None = None  # phase, step, when it began, its limit
-        self._late: tuple[str, int, float, float] | None = None  # the phase that was recorded last
+        self._told: tuple[str, int, float, float] | None = None  # the late phase that was told last
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 
@@ -114,8 +114,8 @@ class Watch:
             elif phase == "step":
                 self._steps.append(self._waited + took)
                 self._waited = 0.0
-            if self._late is now:
-                self._say(f"step {step} went on: its {_NAMES.get(phase, phase)} took {took:.1f} s")
+            if self._told is now:
+                self._say(f"step {step} went on after {took:.1f} s")
 
     def _limit(self, phase: str) -> float:
         if phase not in _STEPPING:
@@ -130,11 +130,9 @@ class Watch:
             # Should a thread hang without letting go of the interpreter, this one hangs too: C code then prints stacks.
             faulthandler.dump_traceback_later(self._limits.first, exit=self._limits.abort, file=sys.__stderr__)
             now = self._now
-            if now is None or now is self._late:
-                continue
-            if time.monotonic() - now[2] > now[3]:
-                self._late = now
+            if now is not None and now is not self._told and time.monotonic() - now[2] > now[3]:
                 self._report(*now)
+                self._told = now
         faulthandler.cancel_dump_traceback_later()
 
     def _report(self, phase: str, step: int, began: float, limit: float) -> None:
