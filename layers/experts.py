@@ -5,8 +5,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from layers import axes
+from layers import axes, kernels
 from layers.grouped_matmul import in_groups
 from layers.mlp import ACTIVATIONS
 
@@ -41,6 +42,7 @@ class Experts(nnx.Module):
         if std is not None and std <= 0:
             raise ValueError(f"Experts.std={std} must be positive, or None for 1/sqrt(fan in)")
         self.count, self.dim, self.width, self.activation = count, dim, width, activation
+        self.note: tuple[str, str] | None = None  # for the start table: how these products are computed, and why
         into = axes.normal(dim**-0.5 if std is None else std)
         self.gate = axes.param(rngs, (count, dim, width), AXES["gate"], into)
         self.up = axes.param(rngs, (count, dim, width), AXES["up"], into)
@@ -53,8 +55,10 @@ class Experts(nnx.Module):
         return {"gate": self.gate[...], "up": self.up[...], "down": self.down[...]}
 
     def _network(self, product, x, weights):
-        hidden = ACTIVATIONS[self.activation](product(x, weights["gate"])) * product(x, weights["up"])
-        return product(hidden, weights["down"])
+        if self.note is not None:
+            kernels.take("products", *self.note)
+        gate, up = (checkpoint_name(product(x, weights[name]), "mlp_up") for name in ("gate", "up"))
+        return product(ACTIVATIONS[self.activation](gate) * up, weights["down"])
 
     def __call__(self, x_ECD: jax.Array, weights: Weights | None = None) -> jax.Array:
         """C rows for each expert: [E, C, D] -> [E, C, D]. weights: those of the experts that are here, None for all."""

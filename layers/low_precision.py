@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layers import axes, kernels
+from layers.experts import Experts
 from layers.linear import Linear, Product
 from layers.quantized_product import GRADIENT, INPUT, Amaxes, Arithmetic, quantized_product
 
@@ -31,6 +32,7 @@ class Float8:
 
     Output heads, routers, experts, and matrices with a side below `smallest` or not a multiple of 16 stay in the
     compute dtype; the start table names them. Everything else is as without: master weights, optimizer, attention.
+    Delayed scaling adds its histories to the model's buffers, so its checkpoints and those of others do not mix.
 
     Knobs:
         scaling: "tensor", one scale an array from its own largest number; "row", one for each row of the inputs and
@@ -173,7 +175,9 @@ def _left_alone(linear: Linear, knob: str, smallest: int) -> str | None:
 
 
 def _install(network: Any, product: Callable, left_alone: Callable) -> Any:
-    parts = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, Linear))
+    parts = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, (Linear, Experts)))
+    for experts in (part for part in parts if isinstance(part, Experts)):
+        experts.note = ("compute dtype", "experts: there is no grouped product in eight bits")
     for linear in (part for part in parts if isinstance(part, Linear)):
         why = left_alone(linear)
         linear.product = product(linear) if why is None else LeftAlone(why)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from layers.low_precision import Float8, Int8, missing
 from maxlike.bench.record import Quantity, Result
 from maxlike.bench.timed import Steps, device_word
+from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.train import train
 
@@ -69,6 +70,10 @@ def measure_loss(experiment: Experiment, repeats: int, steps: int) -> Result:
         for seed in range(experiment.seed, experiment.seed + repeats):
             with tempfile.TemporaryDirectory() as folder:
                 validation = train(variant(experiment, products, seed), pathlib.Path(folder) / "run")
+            if "loss" not in validation:
+                raise UserError(
+                    f"{_name(experiment)} was stopped, or validates nothing: bind hooks.Validate to Experiment.hooks"
+                )
             losses.setdefault(name, []).append(validation["loss"])
     quantities = [Quantity("validation loss, bfloat16", "nats", losses[BASE])]
     for name in losses:

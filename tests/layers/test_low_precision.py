@@ -14,6 +14,7 @@ from layers.attention import Attention
 from layers.block import Block
 from layers.context import Context
 from layers.embed import Head
+from layers.experts import Experts
 from layers.language_model import LanguageModel
 from layers.linear import Linear
 from layers.low_precision import EightBits, Float8, Int8, LeftAlone
@@ -56,6 +57,13 @@ def test_heads_and_small_matrices_are_left_alone():
     }
     odd = Float8(smallest=16)(GatedMLP(32, width=40, rngs=nnx.Rngs(params=0)))
     assert odd.down.product.why == "40 x 32 is no multiple of 16"
+
+
+def test_experts_say_that_they_are_left_alone():
+    experts = Int8()(Experts(16, count=2, width=16, rngs=nnx.Rngs(params=0)))
+    kernels.forget()
+    jax.eval_shape(experts, jax.ShapeDtypeStruct((2, 3, 16), jnp.float32))
+    assert ("products", "compute dtype", "experts: there is no grouped product in eight bits") in kernels.report()
 
 
 def test_histories_of_stacked_layers_travel_through_scan_and_remat():

@@ -12,9 +12,12 @@ from layers import axes, kernels
 from layers.attention import Attention
 from layers.block import Block
 from layers.context import Context
+from layers.experts import Experts
 from layers.mlp import GatedMLP
+from layers.moe import MoE
 from layers.norm import RMSNorm
 from layers.remat import POLICIES
+from layers.routers import TopK
 from layers.stack import Stack, unroll, unstack
 from tests.reference.random import random_module
 
@@ -107,6 +110,20 @@ def test_remat_keeps_less():
     assert sizes == sorted(set(sizes)), dict(zip(order, sizes))
     # What the compiler sets aside for the scanned program falls in the same order.
     assert used("full") < used("matmul_half") < used("none")
+
+
+@pytest.mark.parametrize("remat", POLICIES)
+def test_remat_keeps_what_a_router_chose(remat):
+    moe = F(MoE, router=F(TopK, top_k=2), experts=F(Experts, count=4, width=8))
+    quiet = F(Block, mixer=F(Attention, heads=2), ffn=moe, norm=RMSNorm)
+    graph, params = split(pattern=(quiet,), depth=2, remat=remat, scan=True)
+    x_BTD = jnp.zeros((2, T, D))
+
+    def loss(params):
+        return jnp.sum(nnx.merge(graph, params)(x_BTD, Context.of(x_BTD[..., 0]))[0])
+
+    # Chosen once, in the forward loop: choosing anew in the backward loop could fall out otherwise.
+    assert str(jax.make_jaxpr(jax.grad(loss))(params)).count("top_k[") == 1
 
 
 def test_stacked_parameters_are_named_and_differ_by_layer():
