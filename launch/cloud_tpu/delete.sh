@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# delete.sh NAME [--zone Z] [--project P] [--dry_run]
+#
+# Deletes the queued resource with its nodes, and all that is on their disks, without asking again.
+
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+begin '' '' "$@"
+run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
+"$dry_run" || rm -rf "${memory:?}"
