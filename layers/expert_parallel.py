@@ -151,6 +151,9 @@ def on_each_device(
     swap = exchange == "all_to_all" and set(where.experts) <= set(where.tokens)
     # Devices along these axes serve the same tokens, each with its own experts or its own part of their width.
     shared = (() if swap else where.experts) + where.mlp
+    residual, rest = axes.mesh_axes("residual_length"), tuple(name for name in shared if name not in where.tokens)
+    # The residual stream may lie in parts over devices that share tokens: each then keeps its part of the sum.
+    scatter = residual == where.length + rest and x_BTD.shape[1] % axes.mesh_size(residual) == 0
     copies = axes.mesh_size(tuple(name for name in where.mlp if name in where.tokens))
     counted = tuple(dict.fromkeys(where.tokens + (() if swap else where.experts)))
 
@@ -159,10 +162,14 @@ def on_each_device(
         per_token = [_fetch(x, where, shared) for x in per_token]
         count, first = (experts.count, 0) if swap else (experts.count // P, _index(where.experts) * experts.count // P)
         y_BTD, dropped = run(LocalExperts(experts, weights, count, first, where.experts if swap else ()), *per_token)
-        return _bring_back(y_BTD, where, shared), jax.lax.psum(dropped, counted) / copies if counted else dropped
+        if rest and scatter:
+            y_BTD = jax.lax.psum_scatter(y_BTD, rest, scatter_dimension=1, tiled=True)
+        elif rest:
+            y_BTD = jax.lax.psum(y_BTD, rest)
+        return _keep_own(y_BTD, where, shared), jax.lax.psum(dropped, counted) / copies if counted else dropped
 
     per_token = [("batch", "length", *(None,) * (x.ndim - 2)) for x in (x_BTD, *others)]
-    outputs = (("batch", "length", None), ())
+    outputs = (("batch", "residual_length" if rest and scatter else "length", None), ())
     mapped = axes.shard_map(local, over=where.over, inputs=(AXES, *per_token), outputs=outputs)
     return mapped(experts.weights, x_BTD, *others)
 
@@ -188,10 +195,8 @@ def _fetch(x, where: Spread, shared: tuple[str, ...]):
     return _varying(x, where, where.tokens) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def _bring_back(y, where: Spread, shared: tuple[str, ...]):
-    """The sum over `shared`, of which each device keeps its own tokens."""
-    rest = tuple(name for name in shared if name not in where.tokens)
-    y = jax.lax.psum(y, rest) if rest else y
+def _keep_own(y, where: Spread, shared: tuple[str, ...]):
+    """The sum over the devices along `shared` that had different tokens, of which each keeps its own."""
     for axis, names in enumerate((where.batch, where.length)):
         cut = tuple(name for name in names if name in shared)
         y = jax.lax.psum_scatter(y, cut, scatter_dimension=axis, tiled=True) if cut else y

@@ -236,7 +236,7 @@ class ModalityMoE(nnx.Module, ReadsFuture):
                 noise = jax.random.fold_in(ctx.key, index) if noisy else None
                 results.append(group.by_choice(x_SND, member_SN, noise, B))
         y_BTD = jnp.reshape(sum(result.y_SND for result in results), (B, T, D)).astype(x_BTD.dtype)
-        return axes.constrain(y_BTD, "batch", "length", "act_embed"), _metrics(results, members)
+        return axes.constrain(y_BTD, "batch", "residual_length", "act_embed"), _metrics(results, members)
 
     def flops_per_token(self, length: int) -> float:
         """The experts that tokens get on average (modalities counted alike, should their capacities differ), and every

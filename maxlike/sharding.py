@@ -22,7 +22,10 @@ from maxlike.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
 # What sets a dimension, where it has a knob of its own.
-SIZES = {"layers": "Stack.depth (this many times the length of Stack.pattern)"}
+SIZES = {
+    "layers": "Stack.depth (this many times the length of Stack.pattern)",
+    "experts": "Experts.count (ModalityMoE.groups)",
+}
 # An optimizer's leaf above this size that mirrors no parameter is refused rather than replicated.
 REPLICATE_UP_TO = 1 << 16
 
