@@ -8,7 +8,8 @@ import numpy as np
 from layers.axes import keep
 from maxlike import checkpoint_tree
 from maxlike.check.compare import Comparison
-from maxlike.check.subject import LeftOut, Row, Subject
+from maxlike.check.subject import Subject
+from maxlike.check.variant import LeftOut, Row
 
 OVERLOAD = 100.0  # a bias that no score outweighs: every token goes to this expert
 

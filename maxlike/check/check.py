@@ -13,11 +13,11 @@ from rich.text import Text
 
 from maxlike.catalog import nearest
 from maxlike.check import balance, decoding, state, training, transfer
-from maxlike.check.subject import Row, Subject
+from maxlike.check.subject import DEVICES, Subject
+from maxlike.check.variant import Row
 from maxlike.errors import Failed, UserError
 from maxlike.experiment import Experiment
 
-DEVICES = 8
 ROWS: dict[str, Callable[[Subject], Iterator[Row]]] = {
     "mesh": training.meshes,
     "placed": state.placed,
@@ -49,10 +49,10 @@ def check(experiment: Experiment, run_dir: pathlib.Path, *, rows: str | None = N
     reason. Ends with exit code 1 where a row fails. The twin's gin file, the table, and the traceback of a row that
     broke lie in RUN_DIR/check.
     """
-    if jax.default_backend() != "cpu" or jax.device_count() < DEVICES:
+    if jax.default_backend() != "cpu" or jax.device_count() < DEVICES[0]:
         raise UserError(
-            f"check needs {DEVICES} simulated CPU devices and finds {jax.device_count()} of {jax.default_backend()}: "
-            f"start it by `python -m launch`, or set XLA_FLAGS=--xla_force_host_platform_device_count={DEVICES}"
+            f"check needs {DEVICES[0]} simulated CPU devices, found {jax.device_count()} ({jax.default_backend()}): "
+            f"start it by `python -m launch`, or set XLA_FLAGS=--xla_force_host_platform_device_count={DEVICES[0]}"
         )
     wanted = tuple(name.strip() for name in rows.split(",")) if rows else ()
     for name in wanted:
@@ -76,7 +76,7 @@ def run(experiment: Experiment, folder: pathlib.Path, wanted: tuple[str, ...] = 
 
 def _show(experiment: Experiment, folder: pathlib.Path, rows: list[Row]) -> None:
     """Prints the table, and writes it as text and as JSON."""
-    title = f"{experiment.config.name}: its small twin ({folder / 'small.gin'}) against itself, {DEVICES} devices"
+    title = f"{experiment.config.name}: its small twin ({folder / 'small.gin'}) against itself, {DEVICES[0]} devices"
     table = Table(title=title, title_justify="left", show_lines=False)
     for column in ("row", "compared", "difference", "tolerance", "verdict", "first tensor that departs, or a remark"):
         table.add_column(column, justify="right" if column in ("difference", "tolerance") else "left", overflow="fold")

@@ -15,7 +15,8 @@ from layers.encoder_decoder import EncoderDecoder
 from layers.language_model import LanguageModel
 from layers.stack import unroll
 from maxlike.check.compare import Comparison, compare
-from maxlike.check.subject import LeftOut, Row, Subject, refused_by_us
+from maxlike.check.subject import Subject
+from maxlike.check.variant import LeftOut, Row, refused_by_us
 
 REORDERED = 1e-4  # of a tensor's magnitude, float32: the same result by another algorithm
 PROMPTS, LENGTH = (7, 4), 16  # tokens of each row's prompt, and of the whole row

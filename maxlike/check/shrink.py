@@ -91,8 +91,8 @@ class _Sizes:
     def of(cls, bindings: Bindings) -> "_Sizes":
         counts = [value for name in HEADS for value in bindings.values(name) if _is_number(value)]
         counts += [value for value in bindings.values("groups", "Mamba2") if _is_number(value)]
-        common = math.gcd(*counts) if counts else 1
-        divisor = max((d for d in range(1, common + 1) if common % d == 0 and min(counts) // d >= 2), default=1)
+        common, fewest = math.gcd(*counts) if counts else 1, min(counts, default=1)
+        divisor = max((d for d in range(1, common + 1) if common % d == 0 and fewest // d >= 2), default=1)
         heads = max((count // divisor for count in counts), default=1)
         step = math.lcm(8, *(count // divisor for count in counts))
         dim = bindings.number("dim", "LanguageModel", "EncoderDecoder") or 1

@@ -11,8 +11,9 @@ import numpy as np
 
 from maxlike import checkpoint_tree
 from maxlike.check.compare import METRICS, Comparison, Record, compare
-from maxlike.check.subject import LeftOut, Row, Subject
-from maxlike.check.training import mesh_names, on_mesh
+from maxlike.check.subject import Subject
+from maxlike.check.training import mesh_overlays
+from maxlike.check.variant import LeftOut, Row
 from maxlike.errors import UserError
 from maxlike.program import Program
 from maxlike.sharding import flat_axes
@@ -24,12 +25,12 @@ SAVED, TRAINED = 2, 4  # updates before the checkpoint, and in all
 def placed(subject: Subject) -> Iterator[Row]:
     """On each mesh, with the experiment's own optimizer: every moment and average of a parameter is cut as the rules
     say that the parameter is."""
-    for mesh in mesh_names():
+    for mesh, overlays in mesh_overlays().items():
         name = f"placed/{mesh.removeprefix('mesh/')}"
 
-        def judge(mesh: str = mesh) -> Comparison:
-            layout = on_mesh(subject, mesh).layout
-            program = Program.of(subject.real(overlays=[mesh]), layout)
+        def judge(overlays: tuple[str, ...] = overlays) -> Comparison:
+            variant, _, _ = subject.on_mesh(overlays)
+            program = Program.of(subject.real(overlays=overlays), variant.layout)
             return _held(program, program.init())
 
         if subject.wants(name):

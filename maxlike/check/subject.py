@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from layers import axes, kernels
 from layers.encoder_decoder import EncoderDecoder
@@ -21,80 +20,19 @@ from maxlike import checkpoint_tree, config
 from maxlike.check import documents, watch
 from maxlike.check.compare import METRICS, Comparison, Record, by_depth, compare
 from maxlike.check.shrink import Bindings, Change, shrink
+from maxlike.check.variant import LeftOut, Recorder, Row, Variant, refused_by_us
 from maxlike.convert.structure import Structure
 from maxlike.data.data import Batches
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.optimizers.moments import Moments
 from maxlike.program import Program
-from maxlike.sharding import Layout
 
 STEPS = 2  # updates a variant makes: the second one reads what the first one wrote
-RATE = 0.1
 NOISE = 0.05  # added to every parameter, so that none that begins at zero hides a mistake
+DEVICES = (8, 4, 2)  # how many a mesh gets: fewer where it refuses the twin on more
+DEEP = 6  # periods of a twin that a pipeline of several rounds needs
 Lines = Sequence[str]  # gin bindings
-
-
-class LeftOut(Exception):
-    """A row that cannot be run on this experiment; the text says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A line of the table.
-
-    name: what `--rows` selects it by. compared: what was compared. result: None where it was not run, then `note` says
-    why; else `note` is the first tensor that departs, or what was left out of the comparison. failed: whether the
-    promise of this row does not hold.
-    """
-
-    name: str
-    compared: str
-    result: Comparison | None
-    note: str
-    failed: bool
-    trace: str = ""
-
-    @property
-    def verdict(self) -> str:
-        if self.result is None and not self.failed:
-            return "left out"
-        return "DEPARTS" if self.failed else "equal"
-
-
-class Recorder:
-    """The optimizer of the check: gradient descent that keeps the gradient in its state, where it can be compared."""
-
-    def schedule(self, clock: Any) -> Callable:
-        return lambda step: jnp.float32(RATE)
-
-    def __call__(self, names: Any, clock: Any) -> optax.GradientTransformation:
-        def init(params: Any) -> dict:
-            return {"gradient": jax.tree.map(jnp.zeros_like, params)}
-
-        def update(gradient: Any, state: dict, params: Any = None) -> tuple[Any, dict]:
-            return jax.tree.map(lambda g: -RATE * g, gradient), {"gradient": gradient}
-
-        return optax.GradientTransformation(init, update)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Variant:
-    """One way to compute what the twin computes: other bindings, another mesh, other implementations.
-
-    experiment: with the Recorder for an optimizer. layout: its mesh. choices: (op, implementation) of `kernels`.
-    """
-
-    experiment: Experiment
-    layout: Layout
-    choices: tuple[tuple[str, str], ...] = ()
-
-    def chosen(self) -> contextlib.ExitStack:
-        """Inside this context programs are traced with `choices`."""
-        stack = contextlib.ExitStack()
-        for op, implementation in self.choices:
-            stack.enter_context(kernels.choose(op, implementation))
-        return stack
 
 
 class Subject:
@@ -110,8 +48,11 @@ class Subject:
             )
         self.folder, self.rows = folder, rows
         self._variants: dict[tuple, Variant] = {}
+        self._lowered: dict[tuple[Variant, tuple], tuple[Program, jax.stages.Lowered]] = {}
         self._taken: dict[Variant, set[str]] = {}
         self._records: dict[Variant, Record] = {}
+        self._starts: dict[tuple, dict] = {}
+        self._on_mesh: dict[tuple[str, ...], tuple[Variant, Variant, str]] = {}
         bindings = Bindings(experiment.config.operative)
         self.changes: list[Change] = shrink(bindings)
         self.path = folder / "small.gin"
@@ -143,17 +84,51 @@ class Subject:
         data = self._documents(network.vocab, experiment.batch_size, experiment.sequence_length)
         return dataclasses.replace(experiment, data=data)
 
-    def variant(self, lines: Lines = (), overlays: Sequence[str] = ("mesh/single",)) -> Variant:
+    def variant(
+        self, lines: Lines = (), overlays: Sequence[str] = ("mesh/single",), devices: int = DEVICES[0]
+    ) -> Variant:
         """The twin with further bindings and overlays: the Recorder, whole moments, no clipping, which would hide a
         gradient's scale, and scanned layers, which compile once. Asked again for the same, it gives the same."""
-        name = (tuple(lines), tuple(overlays))
+        name = (tuple(lines), tuple(overlays), devices)
         if name not in self._variants:
             experiment = self.real(lines, overlays)
             step = copy.copy(experiment.step)
             step.clip_norm, step.moments = None, Moments()
             experiment = dataclasses.replace(experiment, optimizer=Recorder(), step=step)
-            self._variants[name] = Variant(experiment, experiment.mesh.open(), (("layers", "scan"),))
+            self._variants[name] = Variant(
+                experiment, experiment.mesh.open(jax.devices()[:devices]), (("layers", "scan"),)
+            )
         return self._variants[name]
+
+    def on_mesh(self, overlays: Sequence[str]) -> tuple[Variant, Variant, str]:
+        """(the twin on a mesh, the same twin on one device, remark). Where the mesh refuses the twin on 8 devices, it
+        gets 4 or 2 of them, and a deeper twin where the refusal names Stack.depth; the remark says so.
+
+        Raises LeftOut with the first refusal.
+        """
+        name = tuple(overlays)
+        if name in self._on_mesh:
+            return self._on_mesh[name]
+        patterns = self.bindings.values("pattern", "Stack")
+        deeper = self.bindings.override("Stack", "depth", DEEP * len(patterns[0])) if len(patterns) == 1 else []
+        refusals: list[str] = []
+        for devices, lines in [*((count, []) for count in DEVICES), (DEVICES[0], deeper)]:
+            if lines and "Stack.depth" not in refusals[0]:
+                break
+            try:
+                variant = self.variant(lines, overlays, devices)
+                self.lower(variant, self.batches[0])
+            except (LeftOut, UserError) as refusal:
+                refusals.append(str(refusal).removeprefix("refused: "))
+                continue
+            if variant.layout.mesh.size == 1:
+                raise LeftOut("this mesh is one device")
+            remark = (
+                f"{f'{DEEP} periods deep' if lines else f'on {devices} devices'}: {refusals[0]}" if refusals else ""
+            )
+            self._on_mesh[name] = variant, self.variant(lines), remark
+            return self._on_mesh[name]
+        raise LeftOut(f"refused: {refusals[0]}")
 
     def choosing(self, variant: Variant, op: str, implementation: str) -> Variant:
         """A variant with another implementation of one operation."""
@@ -177,13 +152,23 @@ class Subject:
     def structure(self) -> Structure:
         return Structure(self.network)
 
-    @functools.cached_property
+    @property
     def start(self) -> dict:
-        """The state of step 0 on the host, every parameter a little away from its initial value."""
-        state = jax.device_get(Program.of(self.base.experiment, self.base.layout).init())
-        random = np.random.default_rng(2)
-        noisy = jax.tree.map(lambda p: p + NOISE * random.standard_normal(p.shape).astype(p.dtype), state["params"])
-        return state | {"params": noisy} | ({"ema": noisy} if "ema" in state else {})
+        """The state that the base begins with."""
+        return self.start_of(self.base.experiment)
+
+    def start_of(self, experiment: Experiment) -> dict:
+        """A state of step 0 on the host, every parameter a little away from its initial value: the same one for all
+        variants of one depth."""
+        shapes = tuple(
+            (path, leaf.shape) for path, leaf in checkpoint_tree.flatten(experiment.abstract_model().params).items()
+        )
+        if shapes not in self._starts:
+            state = jax.device_get(Program.of(experiment, self.base.layout).init())
+            random = np.random.default_rng(2)
+            noisy = jax.tree.map(lambda p: p + NOISE * random.standard_normal(p.shape).astype(p.dtype), state["params"])
+            self._starts[shapes] = state | {"params": noisy} | ({"ema": noisy} if "ema" in state else {})
+        return self._starts[shapes]
 
     @functools.cached_property
     def batches(self) -> list[dict[str, np.ndarray]]:
@@ -197,7 +182,10 @@ class Subject:
         )
 
     def lower(self, variant: Variant, batch: dict[str, np.ndarray]) -> tuple[Program, jax.stages.Lowered]:
-        """The step of a variant, traced. Raises LeftOut with the sentence of a layer or a mesh that refuses it."""
+        """The step of a variant, traced once. Raises LeftOut with the sentence of a layer or a mesh that refuses it."""
+        shape = next(iter(batch.values())).shape
+        if (variant, shape) in self._lowered:
+            return self._lowered[variant, shape]
         kernels.forget()
         try:
             with variant.chosen():
@@ -208,6 +196,7 @@ class Subject:
                 raise
             raise LeftOut(f"refused: {error}") from error
         self._taken[variant] = {op for op, _, _ in kernels.report()}
+        self._lowered[variant, shape] = program, lowered
         return program, lowered
 
     def taken(self, variant: Variant) -> set[str]:
@@ -226,7 +215,7 @@ class Subject:
         """Metrics, gradients and buffers of each step, and the parameters at the end, from `start`."""
         program, lowered = self.lower(variant, batches[0])
         compiled = lowered.compile()
-        state = jax.device_put(self.start, program.shardings)
+        state = jax.device_put(self.start_of(variant.experiment), program.shardings)
         allow = jax.device_put(np.bool_(True), variant.layout.replicated)
         structure, record = Structure(variant.experiment.bare()), {}
         for number, batch in enumerate(batches, 1):
@@ -254,7 +243,7 @@ class Subject:
             compiled = jax.jit(run).lower(
                 program.state["params"], program.state["buffers"], program.abstract_batch(batch)
             )
-        placed, rows = jax.device_put(self.start, program.shardings), program.put(batch)
+        placed, rows = jax.device_put(self.start_of(variant.experiment), program.shardings), program.put(batch)
         given = jax.device_get(compiled.compile()(placed["params"], placed["buffers"], rows))
         if "order" in rows:  # devices hold the tokens of a row in another order than the row
             back = np.argsort(np.asarray(rows["order"])[0])
@@ -294,16 +283,3 @@ class Subject:
     @functools.cache  # noqa: B019  (one subject a job)
     def _documents(self, vocab: int, batch_size: int, length: int) -> Any:
         return documents.data(self.folder, vocab=vocab, batch_size=batch_size, length=length)
-
-
-def refused_by_us(error: BaseException) -> bool:
-    """Whether an exception was raised by a sentence of ours, not by jax or numpy beneath us."""
-    frames = traceback.walk_tb(error.__traceback__)
-    module = [frame.f_globals.get("__name__", "") for frame, _ in frames][-1]
-    return module.split(".")[0] in ("layers", "maxlike")
-
-
-def parts(network: Any, kind: type) -> list[Any]:
-    """The modules of a kind in a network, outermost first, without those inside another."""
-    found = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, kind))
-    return [part for part in found if isinstance(part, kind)]

@@ -12,8 +12,8 @@ from layers.moe import MoE
 from maxlike import catalog
 from maxlike.check import documents
 from maxlike.check.compare import METRICS, Comparison, Record, compare
-from maxlike.check.subject import LeftOut, Row, Subject, Variant, parts
-from maxlike.errors import UserError
+from maxlike.check.subject import Subject
+from maxlike.check.variant import LeftOut, Row, Variant, parts
 from maxlike.objectives.masked_tokens import MaskedTokens
 from maxlike.objectives.next_token import NextToken
 
@@ -32,38 +32,31 @@ NOT_MESHES = ("mesh/rules", "mesh/single")
 WHOLE_BATCH = ("loss", "bits_per_byte", "grad_norm")  # metrics that are sums over tokens, however these are grouped
 
 
-def mesh_names() -> list[str]:
-    """The overlays that are meshes of several devices."""
-    return [name for name in catalog.names("overlay") if name.startswith("mesh/") and name not in NOT_MESHES]
-
-
-def on_mesh(subject: Subject, name: str) -> Variant:
-    """The twin on a mesh overlay. Raises LeftOut where the mesh does not take it."""
-    try:
-        variant = subject.variant(overlays=[name])
-    except UserError as refusal:
-        raise LeftOut(f"refused: {refusal}") from refusal
-    if variant.layout.mesh.size == 1:
-        raise LeftOut("this overlay is one device")
-    return variant
+def mesh_overlays() -> dict[str, tuple[str, ...]]:
+    """{row: overlays} of the meshes of several devices: every overlay of that folder, and the experiment's own."""
+    names = [name for name in catalog.names("overlay") if name.startswith("mesh/") and name not in NOT_MESHES]
+    return {name: (name,) for name in names} | {"mesh/own": ()}
 
 
 def meshes(subject: Subject) -> Iterator[Row]:
     """Each mesh against one device; where a mesh brings an operation of its own, its implementations on that mesh."""
-    for name in filter(subject.wants, mesh_names()):
-        fresh: dict[str, Variant] = {}
+    for name, overlays in mesh_overlays().items():
+        if subject.wants(name):
+            yield from _mesh(subject, name, overlays)
 
-        def judge(name: str = name, fresh: dict[str, Variant] = fresh) -> Comparison:
-            variant = on_mesh(subject, name)
-            known = _ops(subject, subject.base)
-            for op in _ops(subject, variant) - known:
-                fresh[op] = variant
-            return subject.against(variant, subject.base, EXACT)
 
-        yield subject.row(name, f"loss, gradients on {name} against one device", judge)
-        for op, variant in fresh.items():
-            for implementation in _others(op):
-                yield _implementation(subject, variant, op, implementation, f" on {name}")
+def _mesh(subject: Subject, name: str, overlays: tuple[str, ...]) -> Iterator[Row]:
+    compared, remark, ops, variant = f"loss and gradients on {name} against one device", "", set(), None
+    try:
+        variant, single, remark = subject.on_mesh(overlays)
+        ops = _ops(subject, variant) - _ops(subject, single)
+    except LeftOut as why:
+        yield Row(name, compared, None, str(why), failed=False)
+        return
+    yield subject.row(name, compared, lambda: subject.against(variant, single, EXACT), remark)
+    for op in sorted(ops):
+        for implementation in _others(op):
+            yield _implementation(subject, variant, op, implementation, f" on {name}")
 
 
 def implementations(subject: Subject) -> Iterator[Row]:

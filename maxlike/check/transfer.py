@@ -12,7 +12,8 @@ from jax.sharding import SingleDeviceSharding
 
 from maxlike import checkpoint_tree
 from maxlike.check.compare import Comparison, Record, compare
-from maxlike.check.subject import LeftOut, Row, Subject
+from maxlike.check.subject import Subject
+from maxlike.check.variant import LeftOut, Row
 from maxlike.convert import export_job, families, proof, transfer
 from maxlike.convert.import_job import filled
 from maxlike.convert.structure import Cannot, Structure
@@ -87,6 +88,6 @@ def _by_layer(net: Structure, leaves: dict[str, jax.Array]) -> dict[str, np.ndar
 
 
 def _shortest(text: str) -> str:
-    """What stands in the way, without the columns of its table."""
-    lines = [re.sub(r"\s{2,}", " | ", line.strip()) for line in text.splitlines()[1:]]
-    return "; ".join(line for line in lines if line)[:160]
+    """What stands in the way: the nearest family and the first line of how it would differ."""
+    lines = [re.sub(r"\s{2,}", ", ", line.strip()) for line in text.splitlines()[1:] if not line.startswith("where ")]
+    return " ".join(lines[:2])

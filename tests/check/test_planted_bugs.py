@@ -2,6 +2,7 @@
 catch it does, and names the tensor, and the same row is green without it."""
 
 import functools
+import json
 import pathlib
 
 import jax
@@ -14,13 +15,20 @@ from maxlike import checkpoint, config, program, step
 from maxlike.check import check
 from maxlike.convert import export_job
 from maxlike.data import loader, reader
+from maxlike.errors import Failed, UserError
 
 ADAMW = "experiment.Experiment.optimizer = @adamw.AdamW()"  # compiles faster than Muon
-DENSE, SPARSE, WITH_LOSS = ("families/transformer", ADAMW), ("families/moe", ADAMW), ("published/mixtral_8x7b",)
+DENSE = ("families/transformer", ADAMW)
+SPARSE = (
+    "families/moe",
+    ADAMW,
+    "stack.Stack.prefix = ()",
+    "moe.MoE.losses = (@balance.LoadBalance,)",
+    "balance.LoadBalance.coefficient = 1e-3",
+)
 ROWS = {
     DENSE: ("packed", "accumulation", "placed/fsdp", "resume", "export", "mesh/context"),
-    SPARSE: ("balance",),
-    WITH_LOSS: ("scan",),
+    SPARSE: ("balance", "scan"),
 }
 
 
@@ -142,7 +150,7 @@ def dtype_cast_on_restore(patch):
 BUGS = [
     (packing_leak, DENSE, "packed", "output: stack/0"),
     (segment_ids_as_loss_weights, DENSE, "packed", "metrics of step 1: loss"),
-    (aux_loss_lost_in_scan, WITH_LOSS, "scan", "metrics of step 1: layers/loss (missing here)"),
+    (aux_loss_lost_in_scan, SPARSE, "scan", "metrics of step 1: layers/loss (missing here)"),
     (unsharded_moments, DENSE, "placed/fsdp", "opt/"),
     (off_by_one_rope_under_context_parallel, DENSE, "mesh/context", "output: stack/0"),
     (double_counted_loss_under_accumulation, DENSE, "accumulation", "metrics of step 1: grad_norm"),
@@ -162,3 +170,21 @@ def test_a_planted_bug_is_caught_by_its_row(bug, experiment, row, tensor, tmp_pa
     caught = rows_of(experiment, tmp_path, (row,))[row]
     assert caught.verdict == "DEPARTS", caught
     assert tensor in caught.note
+
+
+def test_the_job_writes_a_table_and_fails_by_a_sentence(tmp_path, monkeypatch, capsys):
+    name, *bindings = DENSE
+    experiment = config.load(name, bindings=bindings)
+    tied_head_untied_on_export(monkeypatch)
+    with pytest.raises(Failed, match="1 of 2 rows do not hold: export"):
+        check.check(experiment, tmp_path, rows="balance, export")
+    rows = {row["row"]: row for row in json.loads((tmp_path / "check" / "table.json").read_text())}
+    assert rows["balance"]["verdict"] == "left out" and "selection bias" in rows["balance"]["note"]
+    assert rows["export"]["verdict"] == "DEPARTS" and rows["export"]["tolerance"] == 0.0
+    assert "head/linear/kernel" in (tmp_path / "check" / "table.txt").read_text()
+    assert "DEPARTS" in capsys.readouterr().out
+
+
+def test_an_unknown_row_is_refused(tmp_path):
+    with pytest.raises(UserError, match="'packt': did you mean 'packed'"):
+        check.check(config.load(DENSE[0]), tmp_path, rows="packt")

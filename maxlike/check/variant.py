@@ -1,0 +1,93 @@
+"""What the rows of the check are made of: a variant of the twin, a line of the table, a reason to leave one out."""
+
+import contextlib
+import dataclasses
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from layers import kernels
+from maxlike.check.compare import Comparison
+from maxlike.experiment import Experiment
+from maxlike.sharding import Layout
+
+RATE = 0.1
+
+
+class LeftOut(Exception):
+    """A row that cannot be run on this experiment; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    name: what `--rows` selects it by. compared: what was compared. result: None where it was not run, then `note` says
+    why; else `note` is the first tensor that departs, or what was left out of the comparison. failed: whether the
+    promise of this row does not hold.
+    """
+
+    name: str
+    compared: str
+    result: Comparison | None
+    note: str
+    failed: bool
+    trace: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.result is None and not self.failed:
+            return "left out"
+        return "DEPARTS" if self.failed else "equal"
+
+
+class Recorder:
+    """The optimizer of the check: gradient descent that keeps the gradient in its state, where it can be compared."""
+
+    def schedule(self, clock: Any) -> Callable:
+        return lambda step: jnp.float32(RATE)
+
+    def __call__(self, names: Any, clock: Any) -> optax.GradientTransformation:
+        def init(params: Any) -> dict:
+            return {"gradient": jax.tree.map(jnp.zeros_like, params)}
+
+        def update(gradient: Any, state: dict, params: Any = None) -> tuple[Any, dict]:
+            return jax.tree.map(lambda g: -RATE * g, gradient), {"gradient": gradient}
+
+        return optax.GradientTransformation(init, update)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Variant:
+    """One way to compute what the twin computes: other bindings, another mesh, other implementations.
+
+    experiment: with the Recorder for an optimizer. layout: its mesh. choices: (op, implementation) of `kernels`.
+    """
+
+    experiment: Experiment
+    layout: Layout
+    choices: tuple[tuple[str, str], ...] = ()
+
+    def chosen(self) -> contextlib.ExitStack:
+        """Inside this context programs are traced with `choices`."""
+        stack = contextlib.ExitStack()
+        for op, implementation in self.choices:
+            stack.enter_context(kernels.choose(op, implementation))
+        return stack
+
+
+def refused_by_us(error: BaseException) -> bool:
+    """Whether an exception was raised by a sentence of ours, not by jax or numpy beneath us."""
+    frames = traceback.walk_tb(error.__traceback__)
+    module = [frame.f_globals.get("__name__", "") for frame, _ in frames][-1]
+    return module.split(".")[0] in ("layers", "maxlike")
+
+
+def parts(network: Any, kind: type) -> list[Any]:
+    """The modules of a kind in a network, outermost first, without those inside another."""
+    found = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, kind))
+    return [part for part in found if isinstance(part, kind)]

@@ -1,0 +1,21 @@
+"""The check is green on what we ship."""
+
+import pytest
+
+from maxlike import config
+from maxlike.check import check
+
+FAMILIES = ["transformer", "linear_attention", "mamba_hybrid", "moe", "moma", "moma_routers"]
+OTHERS = ["quickstart", "llama_8b", "gpt2_124m", "image_tokenizer"]
+PUBLISHED = ["ettin_17m", "glm4_9b", "mixtral_8x7b", "deepseek_v3", "longcat_flash", "zebra_llama_1b"]
+
+
+@pytest.mark.meshes
+@pytest.mark.parametrize(
+    "name", [*(f"families/{name}" for name in FAMILIES), *OTHERS, *(f"published/{name}" for name in PUBLISHED)]
+)
+def test_every_row_holds(name, tmp_path):
+    rows = check.run(config.load(name), tmp_path)
+    assert [f"{row.name}: {row.note}" for row in rows if row.failed] == []
+    assert sum(row.verdict == "equal" for row in rows) > 5
+    assert {row.name.split("/")[0] for row in rows} == {*check.ROWS}
