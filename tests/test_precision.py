@@ -11,7 +11,12 @@ from maxlike.program import Program
 from tests import tiny
 
 EMULATED = ("low_precision.Float8.emulate = True", "low_precision.Float8.smallest = 16")
-SHAPE = ("stack.Stack.scan = True", "step.Step.micro_batches = 2", "experiment.Experiment.batch_size = 16")
+SHAPE = (
+    "stack.Stack.scan = True",
+    "stack.Stack.depth = 1",
+    "step.Step.micro_batches = 2",
+    "experiment.Experiment.batch_size = 16",
+)
 
 
 def train(*bindings, overlays=(), steps=5):
@@ -27,23 +32,26 @@ def train(*bindings, overlays=(), steps=5):
     return np.asarray(losses), jax.device_get(state)
 
 
-def test_delayed_scales_are_the_same_on_a_mesh_and_train_like_bfloat16():
-    one, state = train(*EMULATED, overlays=("precision/fp8_delayed",))
-    many, spread = train(*EMULATED, overlays=("precision/fp8_delayed", "mesh/fsdp_tp"))
+@pytest.fixture(scope="module")
+def plain():
+    return train()[0]
+
+
+def test_delayed_scales_are_the_same_on_a_mesh_and_train_as_well(plain):
+    eight = (*EMULATED, "step.Step.compute_dtype = 'float32'")
+    one, state = train(*eight, overlays=("precision/fp8_delayed",))
+    many, spread = train(*eight, overlays=("precision/fp8_delayed", "mesh/fsdp_tp"))
     # Sums in another order fall on other sides of a rounding boundary now and then.
     np.testing.assert_allclose(many, one, rtol=2e-3)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=1e-3), spread["buffers"], state["buffers"]
-    )
-    assert all((leaf[..., :5] > 0).all() for leaf in jax.tree.leaves(state["buffers"]))  # five steps were seen
-    assert all((leaf[..., 5:] < 0).all() for leaf in jax.tree.leaves(state["buffers"]))
-    plain, _ = train(overlays=("precision/bf16",))
     assert (one != plain).any() and one[-1] < one[0] - 0.1
     np.testing.assert_allclose(one, plain, rtol=0.01)
+    for ours, theirs in zip(jax.tree.leaves(spread["buffers"]), jax.tree.leaves(state["buffers"]), strict=True):
+        assert (ours[..., :5] > 0).all() and (ours[..., 5:] < 0).all()  # five steps were seen
+        # Of the first step, before Adam has divided small gradients by small moments.
+        np.testing.assert_allclose(ours[..., 4], theirs[..., 4], rtol=0.01)
 
 
-def test_gradients_accumulate_in_bfloat16():
-    plain, _ = train()
+def test_gradients_accumulate_in_bfloat16(plain):
     rounded, _ = train("step.Step.accumulate_dtype = 'bfloat16'")
     assert (rounded != plain).any()
     np.testing.assert_allclose(rounded, plain, rtol=1e-3)
