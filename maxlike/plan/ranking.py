@@ -43,12 +43,14 @@ class Candidate:
         }
 
 
-def rank(plan: Plan, top: int) -> list[Candidate]:
-    """The `top` fastest candidates that fit. Raises UserError where nothing fits, with what comes closest, or where the
-    target's speed is not known."""
+def rank(plan: Plan, top: int, found: dict[Key, Plan] | None = None) -> list[Candidate]:
+    """The `top` fastest candidates that fit. found: of `evaluate`, None to call it.
+
+    Raises UserError where nothing fits, with what comes closest, or where the target's speed is not known.
+    """
     if plan.target.device is None:
         raise UserError(f"--search ranks by time, and the speed of {plan.target.word} is not known: use --hardware")
-    found = evaluate(plan.experiment, plan.target)
+    found = evaluate(plan.experiment, plan.target) if found is None else found
     if not found:
         raise UserError(
             f"no mesh of {plan.target.count} devices divides this experiment: change Experiment.batch_size or --devices"
