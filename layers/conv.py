@@ -40,7 +40,7 @@ class ShortConv(nnx.Module):
     ):
         if width < 1:
             raise ValueError(f"ShortConv.width={width} must be at least 1 token; 4 is usual")
-        self.channels, self.width = channels, width
+        self.channels, self.channel_axes, self.width = channels, channel_axes, width
         init = uniform(width**-0.5)
         self.kernel = axes.param(rngs, (width, *channels), ("taps", *channel_axes), init)
         self.bias = axes.param(rngs, channels, channel_axes, init) if bias else None
@@ -59,16 +59,17 @@ class ShortConv(nnx.Module):
         over, kept = axes.mesh_axes("length"), self.width - 1
         if not over or not kept:
             return self._sum([x, *_taps(x, segments_BT, kept, _nothing)], x.dtype)
-        row, shape = ("batch", "length"), (None,) * (x.ndim - 2)
+        row, shape = ("batch", "length"), self.channel_axes
         arrays = {"x": x} if segments_BT is None else {"x": x, "segments_BT": segments_BT}
         cut = {"x": row + shape, "segments_BT": row}
+        everywhere = tuple(dict.fromkeys(m for axis in row + shape for m in axes.mesh_axes(axis)))
 
         def local(arrays):
             _check_reach(kept, arrays["x"].shape[1], over)
             return _taps(arrays["x"], arrays.get("segments_BT"), kept, functools.partial(_from_before, over))
 
         specs = {name: cut[name] for name in arrays}
-        taps = axes.shard_map(local, over=over, inputs=(specs,), outputs=[row + shape] * kept)(arrays)
+        taps = axes.shard_map(local, over=everywhere, inputs=(specs,), outputs=[row + shape] * kept)(arrays)
         return self._sum([x, *taps], x.dtype)
 
     def init_cache(self, batch: int, dtype: jnp.dtype) -> jax.Array:

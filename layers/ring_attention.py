@@ -232,9 +232,7 @@ def ring_attention(
     case a causal window takes only the hops that it reaches over. gather: whether keys and values are gathered whole.
     Without a mesh that cuts the length it is plain attention by blocks.
     """
-    ring = axes.mesh_axes("length")
-    # Manual over every axis that cuts an operand: whether a block is skipped is then each device's own affair.
-    over = tuple(dict.fromkeys((*axes.mesh_axes("batch"), *ring, *axes.mesh_axes("act_heads"))))
+    ring, over = axes.mesh_axes("length"), _operands()
     heads, row = ("batch", "length", "act_heads", None), ("batch", "length")
     named = {
         "q": (q_BTHK, heads),
@@ -289,16 +287,22 @@ def over_all_keys(function: Callable, queries: Any, keys: Any) -> jax.Array:
     """function(queries, keys) -> y [B, T, H, V] of rows that a mesh may cut: each device has its own queries and the
     keys of whole rows, gathered.
 
-    queries, keys: trees of arrays [B, T, ...], without None.
+    queries, keys: trees of arrays [B, T] and [B, T, heads, width], without None.
     """
-    over = axes.mesh_axes("length")
-    if not over:
+    cut, heads = axes.mesh_axes("length"), ("batch", "length", "act_heads", None)
+    if not cut:
         return function(queries, keys)
-    arrays, specs = {"queries": queries, "keys": keys}, ("batch", "length")
+    arrays, over = {"queries": queries, "keys": keys}, _operands()
 
     def local(arrays):
-        gather = functools.partial(jax.lax.all_gather, axis_name=over, axis=1, tiled=True)
+        gather = functools.partial(jax.lax.all_gather, axis_name=cut, axis=1, tiled=True)
         return function(arrays["queries"], jax.tree.map(gather, arrays["keys"]))
 
-    places = jax.tree.map(lambda x: specs + (None,) * (x.ndim - 2), arrays)
-    return axes.shard_map(local, over=over, inputs=(places,), outputs=(*specs, None, None))(arrays)
+    places = jax.tree.map(lambda x: heads[: x.ndim], arrays)
+    return axes.shard_map(local, over=over, inputs=(places,), outputs=heads)(arrays)
+
+
+def _operands() -> tuple[str, ...]:
+    """Every mesh axis that cuts a query, key or value. Manual over all of them, a device skips blocks by itself, and
+    nothing is left to the compiler that it might hold whole on every device."""
+    return tuple(dict.fromkeys(m for axis in ("batch", "length", "act_heads") for m in axes.mesh_axes(axis)))

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from layers import axes
 
 ROW = ("batch", "length")
-STATE = ("batch", None, None, None)
+HEADS = (*ROW, "act_heads", None)
+STATE = ("batch", "act_heads", None, None)
 
 
 class Inputs(NamedTuple):
@@ -45,18 +46,33 @@ def pass_states(
 
     run: the recurrence on one device. runs: segments of whole rows -> which document of its row each token belongs to.
     """
-    over = axes.mesh_axes("length")
+    cut, heads = axes.mesh_axes("length"), axes.mesh_axes("act_heads")
+    # Manual over every axis that cuts an operand: what is left to the compiler it may hold whole on every device.
+    over = tuple(dict.fromkeys((*axes.mesh_axes("batch"), *cut, *heads)))
+    x, shared = _share(x, len(heads) > 0)
     arrays = {name: z for name, z in x._asdict().items() if z is not None}
-    specs = {name: ROW + (None,) * (z.ndim - 2) if z.ndim > 1 else (None,) for name, z in arrays.items()}
+    specs = {name: HEADS[: z.ndim] for name, z in arrays.items()}
+    specs |= {"log_decay": ("act_heads",) if x.log_decay.ndim == 1 else HEADS[: x.log_decay.ndim]}
+    if shared:
+        specs |= dict.fromkeys(("q_BTGN", "k_BTGN"), (*ROW, None, None))
     if initial_BHNK is not None:
         arrays["initial"], specs["initial"] = initial_BHNK, STATE
 
     def local(arrays):
         initial_BHNK = arrays.pop("initial", None)
-        return _local(run, runs, Inputs(**{**dict.fromkeys(Inputs._fields), **arrays}), initial_BHNK, over)
+        return _local(run, runs, Inputs(**{**dict.fromkeys(Inputs._fields), **arrays}), initial_BHNK, cut)
 
-    outputs = ((*ROW, None, None), STATE)
-    return axes.shard_map(local, over=over, inputs=(specs,), outputs=outputs)(arrays)
+    return axes.shard_map(local, over=over, inputs=(specs,), outputs=(HEADS, STATE))(arrays)
+
+
+def _share(x: Inputs, spread: bool) -> tuple[Inputs, bool]:
+    """(the inputs, whether all devices have all queries and keys) where heads may be spread over devices: those of
+    several groups are repeated for every head, so that each device has what its heads read."""
+    G, H = x.q_BTGN.shape[2], x.v_BTHK.shape[2]
+    if not spread or G in (1, H):
+        return x, G == 1
+    q_BTHN, k_BTHN = (jnp.repeat(z, H // G, 2) for z in (x.q_BTGN, x.k_BTGN))
+    return x._replace(q_BTGN=q_BTHN, k_BTGN=k_BTHN), False
 
 
 def _local(run: Run, runs: Callable, x: Inputs, initial_BHNK, over: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:

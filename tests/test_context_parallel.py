@@ -10,6 +10,7 @@ from maxlike.collectives import collectives
 from maxlike.errors import UserError
 from maxlike.program import Program
 from maxlike.row_order import head_tail
+from maxlike.sharding import Mesh
 
 SMALL = [
     "vocab = 2048",
@@ -80,13 +81,17 @@ def test_five_steps_equal_one_device(name):
     np.testing.assert_allclose(cut_losses, losses, rtol=1e-5)
     close(cut_moments, moments)
     jax.tree.map(lambda got, expected: np.testing.assert_allclose(got, expected, atol=1e-4), cut_params, params)
-    balanced = name == "families/transformer"
-    assert taken["row_order"] == ("head_tail" if balanced else "in_order")
-    if balanced:  # what goes round the ring: B S G K of keys and values twice, of their gradients once more often
-        sent = [c for c in collectives(step.as_text(), mesh) if c.kind == "collective-permute" and c.dtype == "f32"]
-        assert {c.axes for c in sent} == {("context",)}
-        layers, part = 2, 2 * (4 // 2) * (32 // 4) * 2 * 8 * 4
-        assert sum(c.bytes * c.times for c in sent) == layers * (3 + 3 + 4) * part
+    assert taken["row_order"] == ("head_tail" if name == "families/transformer" else "in_order")
+    sent = [c for c in collectives(step.as_text(), mesh) if c.axes == ("context",) and c.dtype == "f32"]
+    rows, length = 4 // 2, 32 // 4
+    if name == "families/transformer":  # keys and values of 2 layers go round twice, their gradients once, and home
+        part = 2 * rows * length * 2 * 8 * 4
+        permutes = [c for c in sent if c.kind == "collective-permute"]
+        assert sum(c.bytes * c.times for c in permutes) == 2 * (3 + 3 + 4) * part
+    if name == "families/linear_attention":  # states of N K numbers, N = 16 with LRPE and 8, and what is left of one
+        states = rows * 2 * ((16 * 8 + 1) + (8 * 8 + 1)) * 4
+        gathers = [c for c in sent if c.kind == "all-gather"]
+        assert sum(c.bytes * c.times for c in gathers) == 3 * states
 
 
 def test_head_tail_gives_every_device_as_many_visible_pairs():
@@ -107,6 +112,17 @@ def test_balance_is_refused_where_it_cannot_be():
     batch = {"inputs": np.zeros((4, 36), np.int32)}
     with pytest.raises(UserError, match=r"rows of 36 tokens do not divide into 8 pieces; change Experiment.sequence"):
         program("families/transformer").put(batch)
+
+
+def test_a_mesh_says_how_keys_come():
+    experiment = load("families/transformer", {"context": 4}, "sharding.Mesh.keys = 'gather'")
+    program = Program.of(experiment, experiment.mesh.open())
+    kernels.forget()
+    text = program.lower_step(experiment.data.train(sequence_length=32, batch_size=4, seed=0).batch(0)).as_text()
+    assert ("context_attention", "gather", "chosen by hand") in kernels.report()
+    assert "collective_permute" not in text
+    with pytest.raises(UserError, match=r"Mesh.keys='rings' must be 'ring', 'gather' or None"):
+        Mesh(shape={"context": 4}, rules={}, keys="rings")
 
 
 def test_a_network_without_rows_of_tokens_is_refused():

@@ -13,7 +13,7 @@ from layers.conv import ShortConv
 from layers.recurrence import recurrence
 from maxlike.sharding import Mesh
 
-RULES = {"batch": "data", "length": "context", "act_heads": "tensor", "heads": "tensor"}
+RULES = {"batch": "data", "length": "context", "act_heads": "tensor", "mlp": None}
 B, T, H, N, K = 2, 32, 4, 6, 5
 # decay by kind, whether the delta rule, groups of queries and keys
 KINDS = {
@@ -79,7 +79,7 @@ def test_states_passed_on_equal_one_device(name):
     x, packed, chunk = inputs(name), name != "token_one_group", 4 if name == "delta" else 8
     segments = SEGMENTS if packed else None
     expected = results(x, segments, chunk)
-    with place(data=2, context=4):
+    with place(data=2, context=2, tensor=2) if "group" in name else place(data=2, context=4):
         same(results(x, segments, chunk), expected)
 
 
