@@ -30,7 +30,7 @@ def plan(
     cpu:8 (simulated devices) or local (this machine's). hardware, devices: estimate by formula alone, such as h200 and
     256. search: also rank meshes, remat and micro-batches by predicted tokens/s; top: so many of them. tokens: of the
     whole run, for its cost. price: dollars a device-hour, None for the list price where one is known. out: where to
-    write the plan as JSON; default: plan.json in the run's directory.
+    write the plan as JSON; default: plan.json in the run's directory. A README.md there with marks gets its table.
     """
     if tokens <= 0 or top < 1 or (price is not None and price < 0):
         raise UserError(f"--tokens {tokens} and --top {top} must be positive, and --price {price} not negative")
@@ -46,6 +46,7 @@ def plan(
     path = pathlib.Path(out) if out else pathlib.Path(run_dir or ".") / "plan.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+    report.update(path.parent / "README.md")
     report.show(content)
     print(f"written to {path}")
     return content

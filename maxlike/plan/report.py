@@ -1,6 +1,10 @@
 """A plan as plain values, for JSON, and those as tables for people."""
 
 import importlib.metadata
+import json
+import pathlib
+import shlex
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +23,7 @@ def content(plan: Any, changes: list, ranked: list, tokens: float, price: float 
         "experiment": experiment.config.name if experiment.config else "",
         "target": target.word,
         "made_by": _made_by(plan),
+        "command": shlex.join(["python", "-m", "launch", *sys.argv[1:]]),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         "devices": plan.devices,
         "mesh": dict(plan.shares.sizes),
@@ -118,6 +123,44 @@ def verdict(plan: Any) -> str:
     if plan.refused is not None and plan.refused.needed is None:
         return f"does not fit {limit} a device: {plan.refused}"
     return f"does not fit: {peak} of {limit} a device"
+
+
+BEGIN, END = "<!-- plans -->", "<!-- end of plans -->"
+
+
+def table(folder: pathlib.Path) -> str:
+    """All plans in a folder as a Markdown table."""
+    lines = [
+        "| experiment | target | mesh | remat, micro-batches | made by | peak a device | fits | step | tokens/s "
+        "| MFU | binds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(folder.glob("*.json")):
+        told = json.loads(path.read_text())
+        mesh = " x ".join(f"{axis} {size}" for axis, size in told["mesh"].items())
+        memory, time = told["memory"], told["time"]
+        verdict = {True: "yes", False: "**no**", None: ""}[told["fits"]]
+        speed = ["", "", "", ""]
+        if time is not None:
+            speed = [
+                f"{time['step_seconds']:.3g} s",
+                quantity(time["tokens_per_second"]),
+                f"{100 * time['mfu']:.0f} %",
+                time["binds"],
+            ]
+        made = "compiler" if "compiled" in memory else told["made_by"].split(",")[0]
+        cells = [told["experiment"], told["target"], mesh, f"{told['remat']}, {told['micro_batches']}", made]
+        cells += [f"{quantity(memory['peak'], 'B')} of {quantity(memory['limit'] or 0, 'B')}", verdict, *speed]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def update(readme: pathlib.Path) -> None:
+    """Puts the table of the plans beside it into a README that has the two marks; leaves any other alone."""
+    text = readme.read_text() if readme.is_file() else ""
+    if BEGIN in text and END in text:
+        before, rest = text.split(BEGIN)
+        readme.write_text(f"{before}{BEGIN}\n{table(readme.parent)}\n{END}{rest.split(END)[1]}")
 
 
 def show(told: dict[str, Any], console: Console | None = None) -> None:
