@@ -14,7 +14,7 @@ from rich.text import Text
 from maxlike.catalog import nearest
 from maxlike.check import balance, decoding, state, training, transfer
 from maxlike.check.subject import DEVICES, Subject
-from maxlike.check.variant import Row
+from maxlike.check.variant import Row, broken
 from maxlike.errors import Failed, UserError
 from maxlike.experiment import Experiment
 
@@ -71,7 +71,15 @@ def run(experiment: Experiment, folder: pathlib.Path, wanted: tuple[str, ...] = 
     """The rows of an experiment, without a word; `folder` must exist. wanted: names as for `check`, empty for all."""
     logging.get_absl_logger().setLevel(logging.WARNING)
     subject = Subject(experiment, folder, wanted)
-    return [row for group, rows in ROWS.items() if subject.wants_some(group) for row in rows(subject)]
+    return [row for group in ROWS if subject.wants_some(group) for row in _group(subject, group)]
+
+
+def _group(subject: Subject, group: str) -> Iterator[Row]:
+    """The rows of one group, and one more where looking for them raises an exception."""
+    try:
+        yield from ROWS[group](subject)
+    except Exception as error:
+        yield broken(group, "", error)
 
 
 def _show(experiment: Experiment, folder: pathlib.Path, rows: list[Row]) -> None:

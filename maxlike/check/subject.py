@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import functools
 import pathlib
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from maxlike import checkpoint_tree, config
 from maxlike.check import documents, watch
 from maxlike.check.compare import METRICS, Comparison, Record, by_depth, compare
 from maxlike.check.shrink import Bindings, Change, shrink
-from maxlike.check.variant import LeftOut, Recorder, Row, Variant, refused_by_us
+from maxlike.check.variant import LeftOut, Recorder, Row, Variant, broken, refused_by_us
 from maxlike.convert.structure import Structure
 from maxlike.data.data import Batches
 from maxlike.errors import UserError
@@ -269,8 +268,7 @@ class Subject:
         except LeftOut as why:
             return Row(name, compared, None, str(why), failed=False)
         except Exception as error:
-            sentence = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-            return Row(name, compared, None, sentence, failed=True, trace=traceback.format_exc())
+            return broken(name, compared, error)
         failed = result.first is not None
         return Row(name, compared, result, result.first if failed else remark, failed)
 

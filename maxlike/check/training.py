@@ -1,5 +1,6 @@
 """Rows about training: one way to compute losses and gradients against another."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -46,30 +47,33 @@ def meshes(subject: Subject) -> Iterator[Row]:
 
 
 def _mesh(subject: Subject, name: str, overlays: tuple[str, ...]) -> Iterator[Row]:
-    compared, remark, ops, variant = f"loss and gradients on {name} against one device", "", set(), None
-    try:
-        variant, single, remark = subject.on_mesh(overlays)
-        ops = _ops(subject, variant) - _ops(subject, single)
-    except LeftOut as why:
-        yield Row(name, compared, None, str(why), failed=False)
+    used: list[tuple[Variant, Variant, str]] = []
+
+    def judge() -> Comparison:
+        used.append(subject.on_mesh(overlays))
+        variant, single, _ = used[0]
+        return subject.against(variant, single, EXACT)
+
+    row = subject.row(name, f"loss and gradients on {name} against one device", judge)
+    if not used:
+        yield row
         return
-    yield subject.row(name, compared, lambda: subject.against(variant, single, EXACT), remark)
-    for op in sorted(ops):
+    variant, single, remark = used[0]
+    yield dataclasses.replace(row, note=row.note or remark)
+    for op in sorted(_ops(subject, variant) - _ops(subject, single)):
         for implementation in _others(op):
-            yield _implementation(subject, variant, op, implementation, f" on {name}")
+            row_name = f"kernels/{name.removeprefix('mesh/')}/{op}={implementation}"
+            if subject.wants(row_name):
+                yield _implementation(subject, variant, row_name, f" on {name}")
 
 
 def implementations(subject: Subject) -> Iterator[Row]:
     """Each implementation of each operation that the twin uses against the plainest one."""
-    try:
-        used = _ops(subject, subject.base)
-    except LeftOut as why:
-        yield Row("kernels", "implementations", None, str(why), failed=False)
-        return
+    used = _ops(subject, subject.base)
     for op in sorted(used):
         for implementation in _others(op):
             if subject.wants(f"kernels/{op}={implementation}"):
-                yield _implementation(subject, subject.base, op, implementation, "")
+                yield _implementation(subject, subject.base, f"kernels/{op}={implementation}", "")
     if not used:
         yield Row("kernels", "implementations", None, "no operation of it has a choice of them", failed=False)
 
@@ -83,7 +87,9 @@ def _others(op: str) -> list[str]:
     return [name for name in kernels.IMPLEMENTATIONS[op] if name != PLAINEST.get(op, kernels.IMPLEMENTATIONS[op][0])]
 
 
-def _implementation(subject: Subject, variant: Variant, op: str, implementation: str, where: str) -> Row:
+def _implementation(subject: Subject, variant: Variant, row: str, where: str) -> Row:
+    """The row named `.../OP=IMPLEMENTATION`."""
+    op, _, implementation = row.rpartition("/")[2].partition("=")
     plain = PLAINEST.get(op, kernels.IMPLEMENTATIONS[op][0])
 
     def judge() -> Comparison:
@@ -91,7 +97,7 @@ def _implementation(subject: Subject, variant: Variant, op: str, implementation:
             raise LeftOut(f"needs {NEEDS[implementation]}")
         return subject.against(*(subject.choosing(variant, op, name) for name in (implementation, plain)), EXACT)
 
-    return subject.row(f"kernels/{op}={implementation}", f"against {plain}{where}", judge)
+    return subject.row(row, f"against {plain}{where}", judge)
 
 
 def scan(subject: Subject) -> Iterator[Row]:

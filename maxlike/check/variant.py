@@ -80,6 +80,13 @@ class Variant:
         return stack
 
 
+def broken(name: str, compared: str, error: Exception) -> Row:
+    """The row of a comparison that raised an exception: it does not hold, and the table goes on."""
+    lines = str(error).strip().splitlines()
+    trace = "".join(traceback.format_exception(error))
+    return Row(name, compared, None, f"{type(error).__name__}: {lines[0] if lines else ''}", failed=True, trace=trace)
+
+
 def refused_by_us(error: BaseException) -> bool:
     """Whether an exception was raised by a sentence of ours, not by jax or numpy beneath us."""
     frames = traceback.walk_tb(error.__traceback__)
