@@ -1,10 +1,13 @@
 """Two processes of one job save and restore together, and agree on what is damaged."""
 
+import os
 import socket
 import subprocess
 import sys
 
 import pytest
+
+from tests import tiny
 
 PROCESS = """
 import pathlib, sys
@@ -60,17 +63,53 @@ store.close()
 """
 
 
-@pytest.mark.large
-def test_two_processes_save_restore_and_fall_back_together(tmp_path):
+# Training with a bad step just after a checkpoint, to which process 0 gives its name a second late.
+REWIND = """
+import dataclasses, sys, threading
+import jax
+rank, directory, port = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", 2, rank)
+import absl.flags
+absl.flags.FLAGS(["test"])
+from maxlike import manifest
+from maxlike.guard import Guard
+from maxlike.train import train
+from tests import test_train, tiny
+if rank == 0:
+    write = manifest.write
+    manifest.write = lambda *arguments: (threading.Event().wait(1.0), write(*arguments))
+mesh = tiny.load("sharding.Mesh.shape = {'data': 2}").mesh
+train(dataclasses.replace(test_train.poisoned(Guard(on_bad="rewind")), mesh=mesh), directory)
+"""
+
+
+def run_two(code: str, directory) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(rank), str(tmp_path), port], stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, str(rank), str(directory), port],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
-    for process in processes:
-        errors = process.communicate()[1]
-        assert process.returncode == 0, errors
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+
+
+@pytest.mark.large
+def test_two_processes_save_restore_and_fall_back_together(tmp_path):
+    run_two(PROCESS, tmp_path)
+
+
+@pytest.mark.large
+def test_two_processes_rewind_to_a_checkpoint_that_was_still_being_named(tmp_path):
+    run_two(REWIND, tmp_path)
+    rows = tiny.rows(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2]

@@ -12,6 +12,8 @@ from launch import __main__ as command
 from launch import environment
 from tests import tiny
 
+JOIN = ["--experiment", "quickstart", "--join_timeout", "0.1", "--processes", "2", "--coordinator"]
+
 
 def launch(*arguments, **options):
     return subprocess.Popen(
@@ -63,6 +65,16 @@ def test_help_and_list_do_not_import_jax(flag):
         (["--experiment", "quickstart", "--job", "data", "--step"], "--step needs a value"),
         (["--experiment", "quickstart", "loose"], "'loose' is no flag"),
         (["--experiment", "quickstart", "--processes", "2"], "go together"),
+        ([*JOIN, "node1", "--process", "0"], "--coordinator='node1': give HOST:PORT of process 0"),
+        ([*JOIN, "localhost:1", "--process", "2"], "--process=2: with --processes 2 it is from 0 to 1"),
+        (
+            [*JOIN, "localhost:1", "--process", "1"],
+            "the coordinator localhost:1 could not be reached in 0.1 s (Connection",
+        ),
+        (
+            [*JOIN, "localhost:50007", "--process", "0"],
+            "waited 0.1 s at localhost:50007 for process 1 of 2: start every",
+        ),
         (
             ["--experiment", "quickstart", "--set", "sharding.Mesh.shape = {'fsdp': 64}"],
             "needs 64 devices and there are 8",
