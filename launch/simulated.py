@@ -8,7 +8,13 @@ JOBS = {"check": ("--xla_force_host_platform_device_count=8", "--xla_backend_opt
 
 # libtpu compiles for a TPU that is not there if nobody asks the cloud which one this machine has. What it compiles must
 # not come from the cache of compiled programs, which would have to load it onto a device.
-WITHOUT_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any: it asks for one, and compiles for what the topology says
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two plans at a time: neither has a TPU to lock
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
 
 
 def prepare(job: str, flags: list[str]) -> None:

@@ -103,7 +103,10 @@ def _tpu(topology: str, generation: str, size: tuple[int, ...]) -> Target:
     try:
         devices = tuple(topologies.get_topology_desc(topology, "tpu").devices)
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0].split("INVALID_ARGUMENT: ")[-1]
-        raise UserError(f"--topology {topology}: libtpu knows no such slice ({reason})") from None
+        reason = str(error).splitlines()[0]
+        if "INVALID_ARGUMENT: " not in reason:
+            raise UserError(f"--topology {topology}: libtpu does not start here ({reason})") from None
+        sentence = reason.split("INVALID_ARGUMENT: ")[-1]
+        raise UserError(f"--topology {topology}: libtpu knows no such slice ({sentence})") from None
     device = next(d for d in mfu.DEVICES if d.name == generation)
     return Target(topology, "tpu", len(devices), device, devices, size)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from launch import simulated
 from layers import pipeline
 from maxlike import config
 from maxlike.collectives import by_axis
@@ -278,8 +279,8 @@ def test_a_missing_libtpu_names_the_wheel(monkeypatch):
 @pytest.mark.libtpu
 def test_a_step_compiles_for_a_tpu_that_is_not_there(toy, tmp_path, monkeypatch):
     """With the real TPU compiler. Its marker is not run by default, and without libtpu this fails rather than skips."""
-    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.setenv(name, "1" if name.startswith("TPU_SKIP") else "localhost")
+    for name, value in simulated.WITHOUT_TPU.items():
+        monkeypatch.setenv(name, value)
     experiment = with_mesh(with_remat(toy, "full"), {"fsdp": 2, "tensor": 2})
     told = plan(experiment, tmp_path, topology="v5e:2x2")
     assert told["fits"] is True
