@@ -28,6 +28,8 @@ from layers.routers import TopK
 from layers.zero_experts import ZeroExperts
 from maxlike import config
 from maxlike.collectives import collectives
+from maxlike.errors import UserError
+from maxlike.program import Program
 from maxlike.sharding import Mesh
 from tests.reference.random import random_module
 
@@ -182,26 +184,40 @@ def test_experts_and_depths_choose_the_same_tokens_on_every_mesh(name, shape):
 
 
 def moved(loss, params, names, **shape):
-    """The collectives of a forward pass."""
+    """The collectives of a program."""
     where = layout(**shape)
     with axes.place_with(where):
         text = jax.jit(loss).lower(*placed(where, params, names)).compile().as_text()
     return collectives(text, where.mesh)
 
 
-@pytest.mark.parametrize(("dispatch", "count"), [("dropless", 3), ("capacity", 2)])
-def test_rows_move_by_all_to_all_and_weights_not_at_all_along_the_experts(dispatch, count):
-    graph, params, names = mixture(dispatch)
-    found = moved(program(graph), params, names, fsdp=2, expert=4)
+def test_rows_move_by_all_to_all_and_weights_and_their_gradients_not_along_the_experts():
+    graph, params, names = mixture("dropless")
+    gradient = jax.grad(program(graph), argnums=(0, 1), has_aux=True)
+    found = moved(gradient, params, names, fsdp=2, expert=4)
     exchanged = [x for x in found if x.kind == "all-to-all"]
-    assert len(exchanged) == count and all(x.axes == ("expert",) and x.times == 1 for x in exchanged)
-    # The worst case of every pair of devices; or ceil(0.8 T J / 11) = 2 places for each expert and row.
-    rows = 4 * (B * T // 8) * min(3, E // 4) if dispatch == "dropless" else E * (B // 8) * 2
-    assert sorted(x.bytes for x in exchanged if x.dtype == "f32") == [4 * rows * D * 3 // 4] * 2
+    forward = [x for x in exchanged if "transpose" not in x.name]
+    assert (len(forward), len(exchanged)) == (3, 5) and all(x.axes == ("expert",) and x.times == 1 for x in exchanged)
+    rows = 4 * (B * T // 8) * min(3, E // 4)  # the worst case of every pair of devices
+    assert [x.bytes for x in exchanged if x.dtype == "f32"] == [4 * rows * D * 3 // 4] * 4
+    weight = 4 * (E // 4) * D * WIDTH  # bytes of a matrix of the experts of a device
     gathered = [x for x in found if x.kind == "all-gather"]
     assert all(x.axes == ("fsdp",) for x in gathered)
-    weights = [x for x in gathered if "shard_map" in x.name]
-    assert [x.bytes for x in weights] == [4 * (E // 4) * D * WIDTH // 2] * 3
+    assert [x.bytes for x in gathered if "shard_map" in x.name] == [weight // 2] * 3
+    scattered = [x for x in found if x.kind == "reduce-scatter"]
+    assert [(x.axes, x.bytes) for x in scattered] == [(("fsdp",), weight // 2)] * 3
+    # What is summed over all devices is the rest of the model, which has none of the experts' matrices.
+    dense = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params) if path[0].key != "experts")
+    assert sum(x.bytes for x in found if x.kind == "all-reduce") < 2 * 4 * (dense + 100)
+
+
+def test_places_of_a_capacity_move_by_two_all_to_alls():
+    graph, params, names = mixture("capacity")
+    found = moved(program(graph), params, names, fsdp=2, expert=4)
+    # ceil(0.8 T J / 11) = 2 places for each expert and row
+    exchanged = [(x.axes, x.bytes) for x in found if x.kind == "all-to-all"]
+    assert exchanged == [(("expert",), 4 * E * (B // 8) * 2 * D * 3 // 4)] * 2
+    assert all(x.axes == ("fsdp",) for x in found if x.kind == "all-gather")
 
 
 @pytest.mark.parametrize("name", ["sequence", "depth"])
@@ -264,6 +280,9 @@ def test_a_mixture_works_inside_a_stage_of_a_pipeline():
 
 
 def test_what_does_not_fit_is_refused():
+    experiment = config.load("families/moe", overlays=["mesh/expert"], bindings=["experts.Experts.count = 6"])
+    with pytest.raises(UserError, match=r"experts/down: .* 'experts' of size 6 .* expert=4; change Experts\.count"):
+        Program.of(experiment, experiment.mesh.open())
     build = F(MoE, router=F(TopK, top_k=2), experts=F(Experts, count=6, width=4))
     graph, params, _ = random_module(lambda rngs: build(D, rngs=rngs))
     with axes.place_with(layout(expert=4)), pytest.raises(ValueError, match=r"Experts\.count=6 does not .* 4 devices"):
