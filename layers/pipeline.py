@@ -56,7 +56,7 @@ class Circular:
 
     Parameters stay in order of depth, stage s holding the s-th part: checkpoints of other meshes load, and with
     repeats > 1 they are dealt out anew in each step, R collective permutes of the stage's parameters (and R back for
-    their gradients).
+    their gradients). Gradients are summed over the micro-batches in float32.
 
     Every example belongs to one micro-batch, whatever its row. What layers report is the mean over micro-batches: a
     balance loss is of each micro-batch, as with accumulated gradients. A buffer's statistic likewise. Randomness: the
@@ -114,10 +114,14 @@ class Circular:
             )
         n = held // R
         queues, parts = deal(periods, over, S, R), parts.gather(over)
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), queues)
         store_MBTD = cut_rows(x_BTD, over, self.micro_batches)
 
-        def work(queues: Any, parts: "Rows", x_BTD: jax.Array, m: jax.Array, r: jax.Array, real: jax.Array):
-            layers = jax.tree.map(lambda p: p[0] if R == 1 else jax.lax.dynamic_index_in_dim(p, r, 0, False), queues)
+        def work(queues: Any, wide: Any, parts: "Rows", x_BTD: jax.Array, m: jax.Array, r: jax.Array, real: jax.Array):
+            def at(p: jax.Array) -> jax.Array:
+                return p[0] if R == 1 else jax.lax.dynamic_index_in_dim(p, r, 0, False)
+
+            layers = jax.tree.map(lambda p, w: _sum_widely(at(jax.lax.stop_gradient(p)), at(w)), queues, wide)
             layers = _weigh_statistics(layers, jnp.where(real, 1.0 / M, 0.0))
             return run(layers, axes.constrain(x_BTD, *RESIDUAL), parts.context(m), (r * S + stage) * n)
 
@@ -129,7 +133,7 @@ class Circular:
             turn = jnp.clip(t - stage, 0, M * R - 1)
             m = turn % M
             x_BTD = jnp.where(stage == 0, store_MBTD[m], x_BTD)
-            y_BTD, values = work(queues, parts, x_BTD, m, turn // M, turn == t - stage)
+            y_BTD, values = work(queues, wide, parts, x_BTD, m, turn // M, turn == t - stage)
             y_BTD = jax.lax.ppermute(y_BTD, over, [(s, (s + 1) % S) for s in range(S)])
             # What comes round to the first stage is the next input of its micro-batch, in the end the result.
             back = (t - (S - 1)) % M
@@ -144,8 +148,7 @@ class Circular:
             v = jax.lax.dynamic_slice_in_dim(v, stage, M * R)
             return jnp.mean(jnp.reshape(v, (R, M, *v.shape[1:])), 1)
 
-        y_BTD = join_rows(jnp.where(stage == 0, store_MBTD, jnp.zeros_like(store_MBTD)), over)
-        return y_BTD, jax.tree.map(mean, values)
+        return join_rows(store_MBTD, over), jax.tree.map(mean, values)
 
 
 def describe(stages: int, micro_batches: int, repeats: int, idle: float) -> str:
@@ -180,10 +183,16 @@ def check_rows(knob: str, micro_batches: int, B: int) -> None:
         raise ValueError(f"{knob}={micro_batches} does not divide the {B} rows of a batch: change one of the two")
 
 
+# Rows go between stages by all_to_all: its backward pass is another, where that of an all_gather would be a sum over
+# devices in the dtype of the rows, which XLA's CPU backend cannot compile in bfloat16 inside a shard_map.
+
+
 def cut_rows(x_B: jax.Array, over: tuple[str, ...], micro_batches: int) -> jax.Array:
     """A stage's rows [B / S, ...] -> [M, B / M, ...], all rows of all stages. Every device of the other batch axes
     holds its share of every micro-batch."""
-    x_BS = jax.lax.all_gather(x_B, over, axis=1)
+    S = jax.lax.axis_size(over)
+    copies_BS = jnp.broadcast_to(x_B[:, None], (x_B.shape[0], S, *x_B.shape[1:]))
+    x_BS = jax.lax.all_to_all(copies_BS, over, split_axis=1, concat_axis=1)
     return _cut(jnp.reshape(x_BS, (-1, *x_BS.shape[2:])), micro_batches)
 
 
@@ -193,10 +202,10 @@ def _cut(x_B: jax.Array, micro_batches: int) -> jax.Array:
 
 
 def join_rows(x_MB: jax.Array, over: tuple[str, ...]) -> jax.Array:
-    """The inverse of `cut_rows`: the sum over stages, each with its rows."""
+    """The inverse of `cut_rows`: of the first stage's [M, B / M, ...] each stage its rows."""
     x_B = jnp.reshape(x_MB.swapaxes(0, 1), (-1, *x_MB.shape[2:]))
     x_BS = jnp.reshape(x_B, (-1, jax.lax.axis_size(over), *x_B.shape[1:]))
-    return jax.lax.psum_scatter(x_BS, over, scatter_dimension=1)
+    return jax.lax.all_to_all(x_BS, over, split_axis=1, concat_axis=1)[:, 0]
 
 
 @jax.tree_util.register_dataclass
@@ -244,6 +253,16 @@ def split_key(key: jax.Array | None, micro_batches: int) -> jax.Array | None:
     if key is None:
         return None
     return key[None] if micro_batches == 1 else jax.random.split(key, micro_batches)
+
+
+@jax.custom_vjp
+def _sum_widely(p: jax.Array, wide: jax.Array) -> jax.Array:
+    """p itself; its gradient goes to `wide`, the same in float32 that nothing reads, so that gradients of micro-batches
+    are summed in float32 whatever the dtype of p."""
+    return p
+
+
+_sum_widely.defvjp(lambda p, wide: (p, None), lambda _, g: (jnp.zeros_like(g), g.astype(jnp.float32)))
 
 
 def _weigh_statistics(layers: Any, weight: jax.Array) -> Any:

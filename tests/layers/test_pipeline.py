@@ -59,25 +59,38 @@ def build(**knobs):
 
 
 @pytest.mark.parametrize(
-    ("shape", "B", "M", "R", "depth"),
+    ("shape", "B", "M", "R", "depth", "dtype"),
     [
-        ({"stage": 4, "data": 2}, 8, 2, 1, 4),  # M < S
-        ({"stage": 4}, 24, 6, 2, 8),  # M no multiple of S
-        ({"stage": 2, "fsdp": 2, "tensor": 2}, 8, 2, 3, 6),  # M = S
+        ({"stage": 4}, 8, 2, 1, 4, "bfloat16"),  # M < S
+        ({"stage": 4, "data": 2}, 24, 6, 2, 8, "float32"),  # M no multiple of S
+        ({"stage": 2, "fsdp": 2, "tensor": 2}, 8, 2, 3, 6, "float32"),  # M = S
     ],
 )
-def test_circular_is_the_stack_one_micro_batch_after_another(shape, B, M, R, depth):
+def test_circular_is_the_stack_one_micro_batch_after_another(shape, B, M, R, depth, dtype):
     knobs = {"pattern": (BLOCK,), "depth": depth}
     graph, params = build(**knobs)
     piped = build(**knobs, pipeline=F(Circular, micro_batches=M, repeats=R))[0]
     x_BTD, ctx = inputs(B)
     rows = micro_batches(B, shape["stage"], M)
-    expected = results(lambda params, x, ctx: sequential(nnx.merge(graph, params), x, ctx, rows), params, x_BTD, ctx)
+
+    def cast(tree):
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+    def alone(params, x_BTD, ctx):
+        return sequential(lambda: nnx.merge(graph, cast(params)), cast(x_BTD), ctx, rows)
+
+    def staged(params, x_BTD, ctx):
+        return nnx.merge(piped, cast(params))(cast(x_BTD), ctx)
+
+    expected = results(alone, params, x_BTD, ctx)
     counting = expected[1][0]["periods"][0]["ffn"]
     counting["count"] = counting["count"] / M  # a statistic is the mean over the micro-batches, not their sum
     with axes.place_with(Mesh(shape=shape, rules=RULES).open()):
-        got = results(lambda params, x, ctx: nnx.merge(piped, params)(x, ctx), params, x_BTD, ctx)
-    assert_close(got, expected)
+        got = results(staged, params, x_BTD, ctx)
+    if dtype == "bfloat16":  # rounding makes another count
+        for gradients in (expected[1][0], got[1][0]):
+            del gradients["periods"][0]["ffn"]["count"]
+    assert_close(got, expected, 1e-5 if dtype == "float32" else 2e-2)
     np.testing.assert_array_equal(got[0][1][1]["ffn/layer"], np.arange(depth))
 
 

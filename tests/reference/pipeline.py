@@ -44,15 +44,16 @@ def micro_batches(B: int, stages: int, micro: int) -> np.ndarray:
     return order.reshape(-1, micro).T
 
 
-def sequential(stack, x_BTD, ctx, rows_MB):
-    """(y_BTD, aux averaged over the micro-batches)."""
+def sequential(make_stack, x_BTD, ctx, rows_MB):
+    """(y_BTD, aux averaged over the micro-batches). The stack is made for each, so that gradients are summed in the
+    dtype of what it is made from."""
     shared, M = ctx.replace(key=None), len(rows_MB)
     keys = None if ctx.key is None else jax.random.split(ctx.key, M) if M > 1 else ctx.key[None]
 
     def one(rows_and_key):
         rows, key = rows_and_key
         part = jax.tree.map(lambda leaf: leaf[rows] if leaf.shape[0] == len(x_BTD) else leaf, shared)
-        return stack(x_BTD[rows], part.replace(key=key))
+        return make_stack()(x_BTD[rows], part.replace(key=key))
 
     y_MBTD, aux = jax.lax.map(one, (rows_MB, keys))
     y_BTD = jnp.zeros_like(x_BTD).at[rows_MB.reshape(-1)].set(y_MBTD.reshape(x_BTD.shape))
