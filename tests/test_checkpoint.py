@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from maxlike import manifest
+from maxlike import checkpoint_files, manifest
 from maxlike.checkpoint import Checkpoints
 from maxlike.errors import UserError
 
@@ -227,6 +227,25 @@ def test_a_changed_fingerprint_is_refused_by_name_unless_allowed(two_saved):
     store.restore(abstract(make_state()), changed, allow={"tokenizer"})
     store.restore(abstract(make_state()), lambda step: PRINTS | {"data": f"d{step}"}, step=1)
     Checkpoints(allow_changed=("tokenizer",)).open(two_saved, read_only=True).restore(abstract(make_state()), changed)
+
+
+def test_trees_may_be_left_on_disk_but_not_forgotten(two_saved, monkeypatch):
+    state = make_state(2)
+    used = {name: tree for name, tree in abstract(state).items() if name != "optimizer"}
+    store = Checkpoints().open(two_saved, read_only=True)
+    with pytest.raises(UserError, match=r"extra +optimizer/"):
+        store.restore(used, PRINTS)
+    read = []
+    read_leaves = checkpoint_files.read_leaves
+    monkeypatch.setattr(
+        checkpoint_files,
+        "read_leaves",
+        lambda where, wanted, saved: read.extend(wanted) or read_leaves(where, wanted, saved),
+    )
+    assert set(store.restore(used, PRINTS, without={"optimizer"})[0]) == set(used)
+    assert read and not any(path.startswith("optimizer") for path in read)
+    with pytest.raises(UserError, match=r"missing +params/more"):
+        store.restore(used | {"params": used["params"] | {"more": jnp.ones(1)}}, PRINTS, without={"optimizer"})
 
 
 def test_another_format_is_refused(two_saved, tmp_path):
