@@ -22,6 +22,7 @@ PARAMETER_AXES = {
     "kv_heads": "key and value heads (G)",
     "head_dim": "width of a head (K)",
     "latent": "compressed width of queries, or of keys and values (MLA)",
+    "latent_in": "the same as the input side of the projections from it",
     "mlp": "feed-forward width (F)",
     "experts": "experts (E)",
     "routed": "experts as a router scores them, those without weights included",

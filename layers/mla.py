@@ -89,11 +89,11 @@ class MLA(nnx.Module, AnyOrder):
             self.query_down, self.query = None, project(dim, "embed", *query)
         else:
             self.query_down = project(dim, "embed", (query_rank,), ("latent",))
-            self.query = project(query_rank, "latent", *query)
+            self.query = project(query_rank, "latent_in", *query)
         self.latent = project(dim, "embed", (kv_rank,), ("latent",))
         self.shared_key = project(dim, "embed", (rope_dim,), ("head_dim",))
-        self.key = project(kv_rank, "latent", (G, nope_dim), ("kv_heads", "head_dim"))
-        self.value = project(kv_rank, "latent", (G, value_dim), ("kv_heads", "head_dim"))
+        self.key = project(kv_rank, "latent_in", (G, nope_dim), ("kv_heads", "head_dim"))
+        self.value = project(kv_rank, "latent_in", (G, value_dim), ("kv_heads", "head_dim"))
         self.out = Linear((H, value_dim), (dim,), ("heads", "head_dim"), ("embed",), rngs=rngs)
         has_query_norm = latent_norm is not None and query_rank is not None
         self.query_norm = latent_norm(query_rank, rngs=rngs) if has_query_norm else None

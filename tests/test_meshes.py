@@ -4,6 +4,7 @@ ROWS holds one line a (family, mesh): add yours there. `pytest -m meshes tests/t
 """
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from layers import kernels
 from maxlike import config
 from maxlike.program import Program
-from maxlike.sharding import path_names
+from maxlike.sharding import flat_axes, path_names
 
 ROWS_, LENGTH, STEPS, VOCAB = 8, 32, 5, 256
 # Five steps must not blow up rounding errors. Adam divides by the root of the second moment: with the usual epsilon a
@@ -155,3 +156,29 @@ def test_a_mesh_changes_nothing(family, mesh):
         # of an array's largest, or an eps of float32 of all gradients, whose norm is 1
         atol = 1e-5 * np.abs(value).max() + 1e-8
         np.testing.assert_allclose(moments[name], value, rtol=0, atol=atol, err_msg=name)
+
+
+# What the rules replicate over fsdp on purpose: gains and offsets of norms, convolutions over a few taps, and numbers a
+# head, none with a dimension of the model's width that would have to be gathered in another layout.
+SMALL_AXES = {"layers", "norm", "taps", "heads", "kv_heads", "head_dim", "groups", "state"}
+
+
+@pytest.mark.parametrize("mesh", ["fsdp", "hsdp_tp"])
+@pytest.mark.parametrize("name", [*(f"families/{family}" for family in FAMILIES), "published/deepseek_v3"])
+def test_no_parameter_and_no_moment_is_replicated_by_accident(name, mesh):
+    bindings = ["vocab = 3072"] if name == "families/moma" else []
+    experiment = config.load(name, overlays=[MESHES[mesh][0]], bindings=bindings)
+    program = Program.of(experiment, experiment.mesh.open())
+    by_path = flat_axes(program.model.axes)
+    stored = held = 0
+    for names, leaf in flat(program.state):
+        axes = next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), None)
+        mesh_axes = jax.tree.leaves(tuple(leaf.sharding.spec))
+        if axes is not None and not {*axes} <= SMALL_AXES:
+            assert "fsdp" in mesh_axes, f"{'/'.join(names)} {leaf.shape} {axes} lies whole on each device of fsdp"
+        # buffers are replicated: a number an expert
+        assert axes is not None or leaf.size <= 1 or names[0] == "buffers", f"{'/'.join(names)} mirrors no parameter"
+        stored += leaf.size
+        held += math.prod(leaf.sharding.shard_shape(leaf.shape))
+    sizes = program.layout.mesh.shape
+    assert held < 1.1 * stored / (sizes["fsdp"] * sizes.get("tensor", 1))
