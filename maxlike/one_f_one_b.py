@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from layers import axes, kernels
 from layers.language_model import LanguageModel, Output
-from layers.pipeline import bubble, check_rows, cut_rows, describe, split_key, stage_axes
+from layers.micro_batches import check_rows, cut_rows, split_key
+from layers.pipeline import bubble, describe, stage_axes
 from layers.stack import by_depth
 from maxlike.errors import UserError
 from maxlike.metrics import Mean
@@ -115,8 +116,8 @@ def _together(layers: Tree, rest: Tree) -> Tree:
 
 
 def _gather_tables(params: dict, axes_of: dict) -> dict:
-    """Tables of tokens and positions cut along these alone, gathered once for all ticks. (XLA's partitioner fails on a
-    look-up in a table that is cut both ways inside a shard_map.)"""
+    """Tables and heads cut along tokens and positions alone: gathered once, not for every chunk of logits of every tick.
+    (And XLA's partitioner fails on a look-up in a table that is cut both ways inside a shard_map.)"""
     tables = ("vocab", "positions")
 
     def gather(p: jax.Array, names: tuple[str, ...]) -> jax.Array:
