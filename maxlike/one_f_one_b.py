@@ -116,7 +116,7 @@ def _together(layers: Tree, rest: Tree) -> Tree:
 
 
 def _gather_tables(params: dict, axes_of: dict) -> dict:
-    """Tables and heads cut along tokens and positions alone: gathered once, not for every chunk of logits of every tick.
+    """Tables and heads cut along tokens or positions alone: gathered once, not for every chunk of logits and tick.
     (And XLA's partitioner fails on a look-up in a table that is cut both ways inside a shard_map.)"""
     tables = ("vocab", "positions")
 
