@@ -107,19 +107,27 @@ def assert_same(got, want):
         np.testing.assert_allclose(a / scale, b / scale, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
-MESHES = [
-    ("dropless", {"data": 2, "expert": 4}),
+def rows(*pairs):
+    """Parameters of a test; a pair without a third part is behind the marker `meshes`."""
+    return [
+        pytest.param(*row[:2], id=f"{row[0]}-{'-'.join(row[1])}", marks=() if row[2:] else pytest.mark.meshes)
+        for row in pairs
+    ]
+
+
+MESHES = rows(
+    ("dropless", {"data": 2, "expert": 4}, "fast"),
     ("dropless", {"expert": 8}),
-    ("dropless", {"fsdp": 2, "expert": 2, "tensor": 2}),
+    ("dropless", {"fsdp": 2, "expert": 2, "tensor": 2}, "fast"),
     ("dropless", {"data": 4, "fsdp": 2}),
-    ("gather", {"fsdp": 2, "expert": 4}),
+    ("gather", {"fsdp": 2, "expert": 4}, "fast"),
     ("capacity", {"expert": 8}),
     ("capacity", {"fsdp": 2, "expert": 4}),
-    ("capacity", {"context": 2, "expert": 2, "tensor": 2}),
-]
+    ("capacity", {"context": 2, "expert": 2, "tensor": 2}, "fast"),
+)
 
 
-@pytest.mark.parametrize(("dispatch", "shape"), MESHES, ids=lambda x: "-".join(x) if isinstance(x, dict) else x)
+@pytest.mark.parametrize(("dispatch", "shape"), MESHES)
 def test_every_mesh_equals_one_device(dispatch, shape):
     graph, params, names = mixture(dispatch)
     want = alone(dispatch)
@@ -153,15 +161,15 @@ CHOOSING = {
         row_bound=2.0,
     ),
 }
-CHOOSING_MESHES = [
+CHOOSING_MESHES = rows(
     ("expert choice", {"data": 2, "expert": 4}),
-    ("expert choice", {"context": 2, "expert": 2}),
-    ("sequence", {"fsdp": 2, "expert": 2, "tensor": 2}),
+    ("expert choice", {"context": 2, "expert": 2}, "fast"),
+    ("sequence", {"fsdp": 2, "expert": 2, "tensor": 2}, "fast"),
     ("two rows", {"data": 4, "expert": 2}),  # a row a device: a scope lies on two
-    ("batch", {"fsdp": 4, "expert": 2}),
+    ("batch", {"fsdp": 4, "expert": 2}, "fast"),
     ("auxiliary", {"data": 2, "expert": 2}),
     ("depth of the batch", {"data": 2, "expert": 4}),
-]
+)
 
 
 @functools.cache
@@ -177,7 +185,7 @@ def choosing(name):
     return loss, params, names, run(None, loss, params, names)
 
 
-@pytest.mark.parametrize(("name", "shape"), CHOOSING_MESHES, ids=lambda x: "-".join(x) if isinstance(x, dict) else x)
+@pytest.mark.parametrize(("name", "shape"), CHOOSING_MESHES)
 def test_experts_and_depths_choose_the_same_tokens_on_every_mesh(name, shape):
     loss, params, names, want = choosing(name)
     assert_same(run(layout(**shape), loss, params, names), want)
