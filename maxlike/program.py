@@ -13,6 +13,7 @@ from flax import nnx
 
 from layers import axes, kernels
 from maxlike.data.loader import FiniteBatches
+from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.metrics import Mean
 from maxlike.model import AbstractModel, split
@@ -101,10 +102,18 @@ class Program:
             for name, (shape, dtype) in self.row_order.shapes(batch).items()
         }
 
+    @functools.cached_property
+    def feed(self) -> tuple[int, int]:
+        """(which, of how many) of equal parts of a batch's rows this process reads. Processes whose devices lie apart
+        only along axes that do not cut the rows (tensor, context) read the same part."""
+        shape = (self.experiment.batch_size, self.experiment.sequence_length)
+        places = self.layout.batch(shape).devices_indices_map(shape)
+        return share_rows({device: index[0] for device, index in places.items()}, shape[0])[jax.process_index()]
+
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch onto its devices, in the order of `row_order`."""
         batch = self.row_order.of_batch(batch)
-        shapes = {name: (x.shape[0] * jax.process_count(), *x.shape[1:]) for name, x in batch.items()}
+        shapes = {name: (x.shape[0] * self.feed[1], *x.shape[1:]) for name, x in batch.items()}
         shardings = {name: self.layout.batch(shape) for name, shape in shapes.items()}
         if jax.process_count() == 1:  # one call for all fields
             return jax.device_put(batch, shardings)
@@ -120,7 +129,8 @@ class Program:
         """Metrics over all batches: the averaged parameters where the state has them, no noise."""
         params = state["ema"] if "ema" in state else state["params"]
         sums: dict[str, Mean] | None = None
-        for batch in batches.iterate(host=jax.process_index(), hosts=jax.process_count()):
+        part, parts = self.feed
+        for batch in batches.iterate(host=part, hosts=parts):
             means = self._evaluate(params, state["buffers"], self.put(batch))
             sums = means if sums is None else jax.tree.map(jnp.add, sums, means)
         values = {name: mean.value() for name, mean in jax.device_get(sums).items()}
@@ -140,3 +150,23 @@ class Program:
         _, params, buffers = split(self.experiment.network, jax.random.key(seed))
         params, buffers = nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
         return self.experiment.step.init(params, buffers, self.optimizer, seed)
+
+
+def share_rows(rows: dict[Any, slice], batch_size: int) -> dict[int, tuple[int, int]]:
+    """Process -> (part, of parts): which of equal, consecutive parts of the batch hold the rows of its devices.
+
+    rows: device (it has `process_index`) -> its rows. Raises UserError where a process's devices hold rows that are no
+    such part: the data cannot be read by host then.
+    """
+    spans: dict[int, tuple[int, int]] = {}
+    for device, of_batch in rows.items():
+        start, stop, _ = of_batch.indices(batch_size)
+        first, last = spans.get(device.process_index, (start, stop))
+        spans[device.process_index] = min(first, start), max(last, stop)
+    parts = sorted(set(spans.values()))
+    if [part for part in parts if part[0] * len(parts) % batch_size or (part[1] - part[0]) * len(parts) != batch_size]:
+        raise UserError(
+            f"processes hold the rows {parts} of a batch of {batch_size}, which are no equal parts: order the axes of "
+            "Mesh.shape so that those that cut the batch come first"
+        )
+    return {process: (parts.index(span), len(parts)) for process, span in spans.items()}

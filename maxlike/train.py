@@ -190,7 +190,8 @@ def _steps(
     step k are read."""
     experiment, log, program = training.experiment, training.log, training.program
     allowed = {allow: jax.device_put(np.bool_(allow), program.layout.replicated) for allow in (True, False)}
-    with training.batches.iterate(step, host=jax.process_index(), hosts=jax.process_count()) as rows:
+    part, parts = program.feed
+    with training.batches.iterate(step, host=part, hosts=parts) as rows:
         stop = False
         while step < experiment.steps and not stop:
             step += 1

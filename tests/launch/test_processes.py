@@ -110,3 +110,12 @@ def test_one_process_is_asked_to_stop_and_all_save_and_go_on_bit_for_bit(tmp_pat
     finish(start(run, 2, *LONG, shape))
     finish(start(tmp_path / "straight", 2, *LONG, shape))
     assert tiny.losses(run) == tiny.losses(tmp_path / "straight")
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_processes_that_share_rows_read_the_same_ones(tmp_path, axis):
+    short = ("steps = 5", f"sharding.Mesh.shape = {{'{axis}': 2}}")
+    finish(start(tmp_path / "run", 2, *short))
+    train(tiny.load(*short), tmp_path / "straight")
+    assert_same(tmp_path / "run", tmp_path / "straight", 1e-5)
