@@ -1,7 +1,7 @@
 """Checkpoints: Orbax behind five verbs, strict about what it restores and unable to stop a training run.
 
 On disk `checkpoints/STEP/` is an Orbax composite (`state`, `metadata`) plus `manifest.json`; a directory with a plain
-number for a name is whole. A save goes to `STEP.unfinished` and gets its name after the manifest is written.
+number for a name is whole. A save goes to `STEP.unfinished-ATTEMPT` and gets its name after the manifest is written.
 `STEP.damaged` is a checkpoint that failed its manifest when a run resumed and was passed over.
 """
 
@@ -79,6 +79,7 @@ class Store:
         self._policy, self._read_only, self._say = policy, read_only, say
         self._current: int | None = None  # step of the newest checkpoint known to hold this process's own past
         self._pending: Future | None = None
+        self._attempts = 0
         files.quieten_orbax()
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,8 @@ class Store:
             return
         flat = checkpoint_tree.flatten(state)
         tree = {path: checkpoint_tree.describe(path, leaf) for path, leaf in flat.items()}
-        target = self.directory / f"{step}.unfinished"
+        self._attempts += 1  # threads of a save that failed may still write under the name they were given
+        target = self.directory / f"{step}.unfinished-{self._attempts}"
         arguments = files.to_save(flat, files.Record(step, tree, metadata))
         try:
             self._saver.save(target, args=arguments, force=True)
