@@ -1,0 +1,65 @@
+"""The collectives of a compiled training step, by kind and mesh axes: against a formula, and against goldens.
+
+`pytest tests/test_collective_goldens.py -m "meshes or not meshes" --update-goldens` rewrites the goldens.
+"""
+
+import pathlib
+
+import pytest
+
+from maxlike import config
+from maxlike.bench.timed import random_batch
+from maxlike.collectives import by_axis, collectives
+from maxlike.program import Program
+from tests.reference.collectives import Transformer, sent
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "collectives"
+NET = Transformer(L=4, D=256, H=8, G=4, K=32, F=512, V=2048, B=16, T=128)
+BINDINGS = (
+    f"vocab = {NET.V}",
+    f"dim = {NET.D}",
+    f"depth = {NET.L}",
+    f"heads = {NET.H}",
+    f"attention.Attention.kv_heads = {NET.G}",
+    f"width = {NET.F}",
+    f"experiment.Experiment.batch_size = {NET.B}",
+    f"experiment.Experiment.sequence_length = {NET.T}",
+    "experiment.Experiment.optimizer = @adamw.AdamW()",
+    "stack.Stack.scan = True",
+)
+SHAPES = {"tensor": "sharding.Mesh.shape = {'tensor': 4}"}
+FAST = ("hsdp_tp", "fsdp_context")
+MESHES = [*FAST, *(pytest.param(mesh, marks=pytest.mark.meshes) for mesh in ("data", "fsdp", "hsdp", "tensor"))]
+# What the formula leaves out: gradients of gains, norms of gradients, metrics. Of all bytes sent.
+SMALL = 0.005
+
+
+def table(found, expected, total) -> str:
+    """kind | axes | kilobytes | formula | ratio, a line each, but for what is less than SMALL of all."""
+    lines = []
+    for key in sorted({*found, *expected}):
+        measured, formula = found.get(key, 0), expected.get(key, 0)
+        if max(measured, formula) > SMALL * total:
+            ratio = f"{measured / formula:.2f}" if formula else "-"
+            lines.append(f"{key[0]} | {' '.join(key[1])} | {measured / 1000:,.0f} | {formula / 1000:,.0f} | {ratio}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_step_sends_what_the_formula_says(mesh, request):
+    bindings = [*BINDINGS, *([SHAPES[mesh]] if mesh in SHAPES else [])]
+    experiment = config.load("families/transformer", overlays=[f"mesh/{mesh}"], bindings=bindings)
+    program = Program.of(experiment, experiment.mesh.open())
+    text = program.lower_step(random_batch(experiment, NET.V)).compile().as_text()
+    found = by_axis(collectives(text, program.layout.mesh))
+    expected = sent(NET, dict(program.layout.mesh.shape))
+    total = sum(found.values())
+    told = table(found, expected, total)
+    path = GOLDENS / f"{mesh}.txt"
+    if request.config.getoption("--update-goldens"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(told)
+    for key in {*found, *expected}:
+        slack = max(0.05 * expected.get(key, 0), SMALL * total)
+        assert abs(found.get(key, 0) - expected.get(key, 0)) <= slack, f"{key}\n{told}"
+    assert path.read_text() == told, f"{path.name} differs: read the difference, then --update-goldens\n{told}"
