@@ -4,7 +4,21 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal
 
-from maxlike.bench import data, decode, loop, moe, precision, record, recurrence, start, torch_llama, train, whole
+from maxlike.bench import (
+    collectives,
+    data,
+    decode,
+    loop,
+    lower,
+    moe,
+    precision,
+    record,
+    recurrence,
+    start,
+    torch_llama,
+    train,
+    whole,
+)
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 
@@ -20,6 +34,8 @@ BENCHMARKS: dict[str, Callable[[Experiment, int, int], record.Result]] = {
     "recurrence": recurrence.measure,
     "precision": precision.measure,
     "precision_loss": precision.measure_loss,
+    "collectives": collectives.measure,
+    "lower": lower.measure,
 }
 
 
@@ -40,6 +56,8 @@ def bench(
         "recurrence",
         "precision",
         "precision_loss",
+        "collectives",
+        "lower",
     ] = "all",
     repeats: int = 5,
     steps: int = 20,
@@ -52,7 +70,8 @@ def bench(
     (the experiment from command to report), decode (a decoding step against the reads of its weights), moe (a mixture
     of experts against a dense model of the same active FLOPs), recurrence (linear mixers against softmax attention, by
     length), precision (eight-bit products against bfloat16: tokens/s), precision_loss (the same: what the experiment
-    learns; each of the repeats is another seed), or all of them.
+    learns; each of the repeats is another seed), collectives (what a compiled step sends on eight devices against the
+    planner's formula, by layout), lower (seconds to lower and compile 64 layers), or all of them.
     repeats: processes or passes of each. steps: timed steps in each. out: folder of the records.
     """
     if repeats < 1 or steps < 3:

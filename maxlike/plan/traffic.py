@@ -146,7 +146,8 @@ class _Job:
             if w.layers > 1 and w.axes[1:3] == ("embed", "kv_heads")
         )
         a_layer = self.stream / self.trace.dim * kv  # keys and values of all layers
-        yield self._make("collective-permute", axes, a_layer * (shares.context - 1) * (3 + again), self.micro, "ring")
+        hops = (2 + again) * (shares.context - 1) + shares.context  # the gradients go all the way home
+        yield self._make("collective-permute", axes, a_layer * hops, self.micro, "ring")
 
     def exchange(self, remat: str) -> Iterator[Collective]:
         """Expert parallel: each token to its experts and back, forward and backward."""
