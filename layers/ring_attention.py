@@ -229,8 +229,9 @@ def ring_attention(
     """`layers.kernels.attention` of rows of whose length each device of a mesh holds a part: [B, T, H, V].
 
     order_BT: int32, the place of each token in its row; None where devices hold consecutive parts in order, in which
-    case a causal window takes only the hops that it reaches over. gather: whether keys and values are gathered whole.
-    Without a mesh that cuts the length it is plain attention by blocks.
+    case a causal window takes only the hops that it reaches over (with a prefix, which is seen from before it, all).
+    gather: whether keys and values are gathered whole. Without a mesh that cuts the length it is plain attention by
+    blocks.
     """
     ring, over = axes.mesh_axes("length"), _operands()
     heads, row = ("batch", "length", "act_heads", None), ("batch", "length")
@@ -260,8 +261,8 @@ def _local(x: dict[str, jax.Array], *, ring: tuple[str, ...], gather: bool, **kn
     B, T, H, K = x["q"].shape
     G = x["k"].shape[2]
     size = jax.lax.axis_size(ring) if ring else 1
-    block, ordered = _block(T, "order" in x), "order" in x
-    if not ordered:
+    block, given = _block(T, "order" in x), {*x}
+    if "order" not in x:
         x["order"] = (jax.lax.axis_index(ring) * T if ring else 0) + jnp.broadcast_to(jnp.arange(T), (B, T))
     tags = tuple(name for name in ("order", "segment", "prefix") if name in x)
     q_BGRTK = jnp.transpose(jnp.reshape(x["q"], (B, T, G, H // G, K)), (0, 2, 3, 1, 4))
@@ -276,7 +277,7 @@ def _local(x: dict[str, jax.Array], *, ring: tuple[str, ...], gather: bool, **kn
     if gather and ring:
         k, v, k_tags_BnS = (jax.lax.all_gather(z, ring, axis=2, tiled=True) for z in (k, v, tags_BnT))
         hops = 0
-    elif knobs["causal"] and knobs["window"] is not None and not ordered:
+    elif knobs["causal"] and knobs["window"] is not None and not {"order", "prefix"} & given:
         hops = min(hops, -(-(knobs["window"] - 1) // T))
     m = Meeting(ring=ring, size=size, hops=hops, tags=tags, queries=block, keys=block, **knobs)
     y_BGRTV = _attend(m, q_BGRTK, k, v, sinks_GR, tags_BnT, k_tags_BnS)

@@ -60,6 +60,7 @@ CASES = {
     "both_sides": ({"context": 8}, None, {"causal": False, "segments": True, "window": 6}),
     "prefix_out_of_order_on_one_device": ({"data": 1}, 2, {"causal": True, "segments": True, "prefix": True}),
     "prefix": ({"context": 4}, 4, {"causal": True, "segments": True, "prefix": True}),
+    "window_and_prefix": ({"context": 4}, None, {"causal": True, "segments": True, "prefix": True, "window": 9}),
 }
 
 
