@@ -119,3 +119,26 @@ def test_processes_that_share_rows_read_the_same_ones(tmp_path, axis):
     finish(start(tmp_path / "run", 2, *short))
     train(tiny.load(*short), tmp_path / "straight")
     assert_same(tmp_path / "run", tmp_path / "straight", 1e-5)
+
+
+@pytest.mark.large
+def test_processes_that_a_scheduler_started_find_and_watch_each_other(tmp_path):
+    run, slurm = tmp_path / "run", {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost"}
+    slurm |= {"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_STEP_NUM_NODES": "1"}
+    arguments = ["--experiment", "quickstart", *tiny.flags(*LONG, "sharding.Mesh.shape = {'data': 2}")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "launch", *arguments, "--run_dir", str(run)],
+            env=os.environ | slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    await_steps(run, 15, processes)
+    processes[0].send_signal(signal.SIGKILL)
+    said = processes[1].communicate(timeout=STOPS_WITHIN)[0]
+    assert processes[1].returncode == TRY_AGAIN, said
+    assert f"process 0 (pid {processes[0].pid} on {socket.gethostname()}) of 2 is gone" in said
+    processes[0].communicate()
