@@ -12,7 +12,7 @@ import numpy as np
 from maxlike import checkpoint_tree
 from maxlike.check.compare import METRICS, Comparison, Record, compare
 from maxlike.check.subject import Subject
-from maxlike.check.training import mesh_overlays
+from maxlike.check.training import mesh_overlays, on_mesh
 from maxlike.check.variant import LeftOut, Row
 from maxlike.errors import UserError
 from maxlike.program import Program
@@ -29,7 +29,7 @@ def placed(subject: Subject) -> Iterator[Row]:
         name = f"placed/{mesh.removeprefix('mesh/')}"
 
         def judge(overlays: tuple[str, ...] = overlays) -> Comparison:
-            variant, _, _ = subject.on_mesh(overlays)
+            variant, _, _ = on_mesh(subject, overlays)
             program = Program.of(subject.real(overlays=overlays), variant.layout)
             return _held(program, program.init())
 

@@ -99,9 +99,10 @@ class Subject:
             )
         return self._variants[name]
 
-    def on_mesh(self, overlays: Sequence[str]) -> tuple[Variant, Variant, str]:
-        """(the twin on a mesh, the same twin on one device, remark). Where the mesh refuses the twin on 8 devices, it
-        gets 4 or 2 of them, and a deeper twin where the refusal names Stack.depth; the remark says so.
+    def on_mesh(self, overlays: Sequence[str], further: Lines = ()) -> tuple[Variant, Variant, str]:
+        """(the twin on a mesh, the same twin on one device, remark), both with further bindings. Where the mesh refuses
+        the twin on 8 devices, it gets 4 or 2 of them, and a deeper twin where the refusal names Stack.depth; the remark
+        says so.
 
         Raises LeftOut with the first refusal.
         """
@@ -114,6 +115,7 @@ class Subject:
         for devices, lines in [*((count, []) for count in DEVICES), (DEVICES[0], deeper)]:
             if lines and "Stack.depth" not in refusals[0]:
                 break
+            lines = [*lines, *further]
             try:
                 variant = self.variant(lines, overlays, devices)
                 self.lower(variant, self.batches[0])
@@ -122,9 +124,8 @@ class Subject:
                 continue
             if variant.layout.mesh.size == 1:
                 raise LeftOut("this mesh is one device")
-            remark = (
-                f"{f'{DEEP} periods deep' if lines else f'on {devices} devices'}: {refusals[0]}" if refusals else ""
-            )
+            where = f"{DEEP} periods deep" if lines[: len(deeper)] == deeper != [] else f"on {devices} devices"
+            remark = f"{where}: {refusals[0]}" if refusals else ""
             self._on_mesh[name] = variant, self.variant(lines), remark
             return self._on_mesh[name]
         raise LeftOut(f"refused: {refusals[0]}")
@@ -258,6 +259,8 @@ class Subject:
     def located(self, result: Comparison, one: Variant, other: Variant) -> Comparison:
         """A comparison that departs, with the first layer whose output does."""
         batch = self.batches[0]
+        if one.staged or other.staged:  # their layers see micro-batches
+            return result
         layers = compare({"output": self.forward(one, batch)}, {"output": self.forward(other, batch)}, result.tolerance)
         return result if layers.first is None else dataclasses.replace(result, first=layers.first)
 

@@ -15,6 +15,7 @@ from maxlike.check import documents
 from maxlike.check.compare import METRICS, Comparison, Record, compare
 from maxlike.check.subject import Subject
 from maxlike.check.variant import LeftOut, Row, Variant, parts
+from maxlike.errors import UserError
 from maxlike.objectives.masked_tokens import MaskedTokens
 from maxlike.objectives.next_token import NextToken
 
@@ -46,13 +47,26 @@ def meshes(subject: Subject) -> Iterator[Row]:
             yield from _mesh(subject, name, overlays)
 
 
+def on_mesh(subject: Subject, overlays: tuple[str, ...]) -> tuple[Variant, Variant, str]:
+    """`Subject.on_mesh`; where stages work on micro-batches, without what is no sum over tokens."""
+    try:
+        staged = subject.variant((), overlays).staged
+    except UserError as refusal:
+        raise LeftOut(f"refused: {refusal}") from refusal
+    lines, remark = by_token_alone(subject) if staged else ([], "")
+    variant, single, where = subject.on_mesh(overlays, lines)
+    return variant, single, "; ".join(filter(None, (where, remark)))
+
+
 def _mesh(subject: Subject, name: str, overlays: tuple[str, ...]) -> Iterator[Row]:
     used: list[tuple[Variant, Variant, str]] = []
 
     def judge() -> Comparison:
-        used.append(subject.on_mesh(overlays))
+        used.append(on_mesh(subject, overlays))
         variant, single, _ = used[0]
-        return subject.against(variant, single, EXACT)
+        if not variant.staged:
+            return subject.against(variant, single, EXACT)
+        return compare(_totals(subject.record(variant)), _totals(subject.record(single)), EXACT)
 
     row = subject.row(name, f"loss and gradients on {name} against one device", judge)
     if not used:
@@ -131,8 +145,7 @@ def remat(subject: Subject) -> Iterator[Row]:
 
 def accumulation(subject: Subject) -> Iterator[Row]:
     """Two micro-batches against one batch."""
-    lines, remark = _by_token_alone(subject)
-    lines += subject.bindings.override("ModalityMoE", "routing_scope", "sequence")
+    lines, remark = by_token_alone(subject)
 
     def judge() -> Comparison:
         if isinstance(subject.base.experiment.objective, MaskedTokens):
@@ -147,7 +160,7 @@ def accumulation(subject: Subject) -> Iterator[Row]:
 
 def packed(subject: Subject) -> Iterator[Row]:
     """Documents packed into rows against each in a row of its own."""
-    lines, remark = _by_token_alone(subject)
+    lines, remark = by_token_alone(subject)
 
     def judge() -> Comparison:
         experiment, network = subject.base.experiment, subject.network
@@ -187,13 +200,14 @@ def _hidden(
     )
 
 
-def _by_token_alone(subject: Subject) -> tuple[list[str], str]:
+def by_token_alone(subject: Subject) -> tuple[list[str], str]:
     """(bindings, remark): without what depends on how tokens are grouped into rows and micro-batches, which is no sum
     over tokens: losses of routers, and noise."""
     lines = subject.bindings.override("MoE", "losses", ())
     remark = "without the losses of its routers, which are no sum over tokens" if lines else ""
     lines += subject.bindings.override("TopK", "jitter", 0.0)
-    return lines + subject.bindings.override("ModalityMoE", "router_noise", "none"), remark
+    lines += subject.bindings.override("ModalityMoE", "router_noise", "none")
+    return lines + subject.bindings.override("ModalityMoE", "routing_scope", "sequence"), remark
 
 
 def _totals(record: Record) -> Record:
