@@ -10,7 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+from layers import axes
+from maxlike.collectives import by_axis, collectives
 from maxlike.objectives.cross_entropy import FEWEST_CHUNKS, chunk_length, cross_entropy
+from maxlike.sharding import Mesh
+from tests import tiny
 
 B, T, D, V = 3, 10, 5, 23
 RNG = np.random.default_rng(0)
@@ -134,3 +138,34 @@ def test_chunks_are_chosen_by_memory():
     assert chunk_length(1, 1, 50000) == 1
     assert chunk_length(8, 256, 4096) == 64  # a quarter of the length
     assert chunk_length(2, 2048, 262144) == 16  # 32 MiB of logits
+
+
+def test_on_a_mesh_neither_logits_nor_the_heads_rows_travel():
+    """Rows on data and fsdp, the vocabulary on tensor; a length that no number of chunks divides."""
+    rows, length, dim, vocab = 8, 7, 6, 32
+    rng = np.random.default_rng(1)
+    hidden = jnp.asarray(rng.normal(size=(rows, length, dim)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(vocab, dim)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocab, (rows, length)), jnp.int32)
+    counts = jnp.asarray(rng.choice([0.0, 1.0, 2.0], (rows, length)), jnp.float32)
+
+    def loss(hidden, weights):
+        logits = functools.partial(head, weights)
+        return cross_entropy(logits, hidden, targets, counts, z_loss=0.1, chunk=2)[0]
+
+    differentiate = jax.value_and_grad(loss, (0, 1))
+    wanted = jax.jit(differentiate)(hidden, weights)
+    layout = Mesh(shape={"data": 2, "fsdp": 2, "tensor": 2}, rules=tiny.load().mesh.rules).open()
+
+    def placed(hidden, weights):
+        with axes.place_with(layout):
+            return differentiate(hidden, weights)
+
+    where = (layout.batch(hidden.shape), layout.sharding(("vocab", "embed"), weights.shape, "head"))
+    compiled = jax.jit(placed, in_shardings=where, out_shardings=(None, where)).lower(hidden, weights).compile()
+    close(compiled(*jax.device_put((hidden, weights), where)), wanted, 1e-5)
+    found = by_axis(collectives(compiled.as_text(), layout.mesh))
+    assert {key for key in found if key[0] != "all-reduce"} == {("all-gather", ("fsdp",))}
+    assert found["all-gather", ("fsdp",)] == vocab // 2 * dim * 4 // 2  # the head's columns
+    # the head's gradient once, and five sums, not once a chunk
+    assert found["all-reduce", ("data", "fsdp")] <= 2 * 3 / 4 * (vocab // 2 * dim * 4 + 64)
