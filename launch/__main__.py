@@ -1,6 +1,7 @@
 """python -m launch --experiment NAME [--job J] [--overlay O ...] [--set knob=value ...] [--run_dir D] [--flag ...]"""
 
 import argparse
+import collections
 import inspect
 import pathlib
 import sys
@@ -60,8 +61,9 @@ def _job_flags(job: typing.Callable, rest: list[str], name: str) -> dict[str, ob
     hints = typing.get_type_hints(job)
     known = [p.name for p in inspect.signature(job).parameters.values() if p.kind is p.KEYWORD_ONLY]
     flags: dict[str, object] = {}
-    words = iter(rest)
-    for word in words:
+    words = collections.deque(rest)
+    while words:
+        word = words.popleft()
         flag, equals, value = word.partition("=")
         if not flag.startswith("--"):
             raise UserError(f"{word!r} is no flag; did you forget quotes around a text with spaces?")
@@ -72,8 +74,11 @@ def _job_flags(job: typing.Callable, rest: list[str], name: str) -> dict[str, ob
                 f"the job {name} has no flag {flag}{catalog.nearest(knob, known)}; its own flags: {choices}"
             )
         if not equals:
-            value = next(words, None)
-            if value is None:
+            if hints[knob] is bool and (not words or words[0].lower() not in ("true", "false")):
+                value = "true"  # a switch
+            elif words:
+                value = words.popleft()
+            else:
                 raise UserError(f"{flag} needs a value")
         converted = _convert(flag, value, hints[knob])
         flags[knob] = flags[knob] + converted if isinstance(converted, tuple) and knob in flags else converted

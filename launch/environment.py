@@ -28,12 +28,25 @@ def platform() -> str:
     return "cpu"
 
 
+def skip_absent_tpu() -> None:
+    """Where libtpu is installed and there is no TPU, says so to jax, which would ask libtpu and print its complaints.
+
+    Only where nothing at all speaks for a TPU (a container may see any one of its host's device files), and where
+    libtpu is jax's one choice beside the CPU: another plugin may know devices that `platform` does not.
+    """
+    files = [*pathlib.Path("/dev").glob("accel*"), *pathlib.Path("/dev").glob("vfio/[0-9]*")]
+    installed, others = (importlib.util.find_spec(name) is not None for name in ("libtpu", "jax_plugins"))
+    if platform() == "cpu" and installed and not others and not files:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
 def prepare(groups: list[str]) -> None:
     """Sets malloc, XLA's flags and the persistent compile cache, leaving alone whatever the user has set.
 
     groups: groups of XLA flags beside the default ones, see `xla_flags.TABLE`.
     """
     hardware = platform()
+    skip_absent_tpu()
     flags = xla_flags.chosen(hardware, groups)
     use_huge_pages()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

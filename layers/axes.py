@@ -202,13 +202,6 @@ def device() -> jax.Device:
     return jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
 
 
-def devices() -> int:
-    """Devices that the code being traced runs on: of the mesh, which may be another than this process sees, or without
-    one all that there are."""
-    placement = _placement.get()
-    return jax.device_count() if placement is None else placement.mesh.size
-
-
 def mesh_axes(axis: str) -> tuple[str, ...]:
     """The mesh axes over which a logical axis is spread and that are still whole here: () without a mesh, where the
     axis is replicated, and inside a `shard_map` over them."""

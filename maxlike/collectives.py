@@ -91,7 +91,9 @@ def _walk(
             branches = [list(_walk(module, c, [], times, mesh, chains)) for c in _branches(module, instruction)]
             yield from max(branches, key=lambda found: sum(c.bytes * c.times for c in found))
         elif instruction.opcode not in ("async-done", "async-update"):
-            called = instruction.find(r"(?:^|, )(?:calls|to_apply)=%?([\w.\-]+)")
+            called = None
+            if "calls=" in instruction.attributes or "to_apply=" in instruction.attributes:  # few have them
+                called = instruction.find(r"(?:^|, )(?:calls|to_apply)=%?([\w.\-]+)")
             if called is not None:
                 calls = instruction.opcode == "call"  # no other holds a loop
                 values = [module.value(computation, name, arguments) for name in instruction.operands if calls]

@@ -1,6 +1,7 @@
 """Reading the text of a compiled XLA program: its computations, their calls, and how often its loops run."""
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -24,7 +25,7 @@ class Instruction:
     inside: str
     attributes: str
 
-    @property
+    @functools.cached_property  # a loop's carry may have thousands
     def operands(self) -> list[str]:
         return _NAME.findall(self.inside)
 

@@ -159,8 +159,8 @@ class Watch:
         try:
             found = collectives(self._compiled.as_text(), self._mesh)
             record["collectives"] = [dataclasses.asdict(collective) for collective in found]
-        except ValueError as error:  # a program that the accounting does not cover
-            record["collectives"] = str(error)
+        except Exception as error:  # whatever it is: this thread has yet to speak, and to end the process where asked
+            record["collectives"] = f"{type(error).__name__}: {error}"
         write_text(path, json.dumps(record, indent=1))
         then = "; ending this process, as Watchdog.abort asks" if self._limits.abort else ""
         self._say(

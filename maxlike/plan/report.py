@@ -26,6 +26,7 @@ def content(plan: Any, changes: list, ranked: list, tokens: float, price: float 
         "command": shlex.join(["python", "-m", "launch", *sys.argv[1:]]),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         "devices": plan.devices,
+        "devices_there": target.count,
         "mesh": dict(plan.shares.sizes),
         "remat": plan.remat,
         "micro_batches": experiment.step.micro_batches,
@@ -167,17 +168,19 @@ def show(told: dict[str, Any], console: Console | None = None) -> None:
     """Prints the tables."""
     console = Console(highlight=False) if console is None else console
     if not console.is_terminal:
-        console.width = 140
+        console.width = 100
     console.print(_overview(told))
     if told["collectives"]:
         console.print(_collectives(told["collectives"]))
     console.print(told["verdict"], soft_wrap=True)
     for change in told["changes"]:
         console.print(
-            f"  {change['change']}: saves {quantity(change['saves'], 'B')} a device, step x {change['slower']:.2f}"
-            f"{', then it fits' if change['fits'] else ''}   {change['how']}",
+            f"  {change['change']}: saves {quantity(change['saves'], 'B')} a device, step time x "
+            f"{change['slower']:.2f}{', then it fits' if change['fits'] else ''}\n      {change['how']}",
             soft_wrap=True,
         )
+    if told["changes"] and not any(change["fits"] for change in told["changes"]):
+        console.print("  none of these fits alone: put several on, take more devices, or let `--search` look")
     if told["search"]:
         console.print(_ranking(told["search"]))
 
@@ -189,6 +192,9 @@ def _overview(told: dict[str, Any]) -> Table:
     memory, time, run = told["memory"], told["time"], told["run"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in told["mesh"].items() if size > 1) or "one device"
     table.add_row("plan", f"{told['experiment']} on {told['target']} ({told['made_by']})")
+    idle = told["devices_there"] - told["devices"]
+    if idle:
+        mesh += f", {idle} of {told['devices_there']} devices idle (`--overlay mesh/fsdp` uses all)"
     table.add_row("mesh", f"{mesh}; remat {told['remat']}, micro-batches {told['micro_batches']}")
     tokens = told["batch_size"] * told["sequence_length"]
     table.add_row("batch", f"{quantity(tokens)} tokens a step")
@@ -210,13 +216,13 @@ def _overview(told: dict[str, Any]) -> Table:
         )
         table.add_row(
             "time",
-            f"compute {time['compute_seconds']:.3g} s, memory {time['memory_seconds']:.3g} s, network "
-            f"{time['network_seconds']:.3g} s ({time['network_seconds_not_hidden']:.3g} s not hidden): "
-            f"{time['binds']} binds; bubble {100 * time['pipeline_bubble']:.1f} %",
+            f"compute {_seconds(time['compute_seconds'])}, memory {_seconds(time['memory_seconds'])}, network "
+            f"{_seconds(time['network_seconds'])} ({_seconds(time['network_seconds_not_hidden'])} not hidden): "
+            f"{time['binds']} binds; pipeline bubble {100 * time['pipeline_bubble']:.1f} %",
         )
         table.add_row(
             "speed",
-            f"{time['step_seconds']:.3g} s a step, {quantity(time['tokens_per_second'])} tokens/s, "
+            f"{_seconds(time['step_seconds'])} a step, {quantity(time['tokens_per_second'])} tokens/s, "
             f"MFU {100 * time['mfu']:.1f} % ({time['mfu_convention']})",
         )
         cost = "no price known: give --price" if run["dollars"] is None else f"${run['dollars']:,.0f}"
@@ -224,6 +230,16 @@ def _overview(told: dict[str, Any]) -> Table:
     for index, (operation, implementation, reason) in enumerate(told["kernels"]):
         table.add_row("" if index else "kernels", f"{operation}: {implementation} ({reason})")
     return table
+
+
+def _seconds(seconds: float) -> str:
+    """Three digits, in the unit that fits."""
+    if seconds >= 1000:
+        return f"{seconds:,.0f} s"
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def _temporary(memory: dict[str, Any]) -> str:
@@ -248,7 +264,7 @@ def _collectives(rows: list[dict[str, Any]]) -> Table:
 
 def _ranking(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="meshes by predicted tokens/s", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("mesh", "remat", "micro", "tokens/s", "MFU", "peak", "binds", "changing one thing"):
+    for name in ("mesh", "remat", "micro", "tokens/s", "MFU", "peak", "binds", "step time if one thing changes"):
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(
@@ -259,6 +275,11 @@ def _ranking(rows: list[dict[str, Any]]) -> Table:
             f"{100 * row['mfu']:.1f} %",
             quantity(row["peak"], "B"),
             row["binds"],
-            ", ".join(f"{knob} {100 * change:+.0f} %" for knob, change in row["sensitivity"].items()),
+            "; ".join(f"{knob}: {100 * change:+.0f}%" for knob, change in _largest(row["sensitivity"])),
         )
     return table
+
+
+def _largest(sensitivity: dict[str, float], count: int = 3) -> list[tuple[str, float]]:
+    """What changes most; the JSON has all of it."""
+    return sorted(sensitivity.items(), key=lambda item: -abs(item[1]))[:count]

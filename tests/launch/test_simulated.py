@@ -5,7 +5,7 @@ import os
 import pytest
 
 from launch import __main__ as launcher
-from launch import simulated
+from launch import environment, simulated
 from maxlike.errors import Failed
 
 
@@ -20,6 +20,30 @@ def test_the_check_gets_devices_unless_the_user_has_set_their_number(present, mo
     assert f"--xla_force_host_platform_device_count={16 if present else 8}" in flags
     assert len([flag for flag in flags if "device_count" in flag]) == 1
     assert os.environ["JAX_PLATFORMS"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"), [({"libtpu"}, "cpu"), (set(), None), ({"libtpu", "jax_plugins"}, None)]
+)
+def test_jax_is_told_that_there_is_no_tpu_where_libtpu_alone_would_look_for_one(installed, expected, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(environment, "platform", lambda: "cpu")
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(environment.pathlib.Path, "glob", lambda folder, pattern: [])
+    environment.skip_absent_tpu()
+    assert os.environ.get("JAX_PLATFORMS") == expected
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    environment.skip_absent_tpu()
+    assert os.environ["JAX_PLATFORMS"] == ""  # what the user has set, be it nothing
+
+
+def test_a_yes_or_no_flag_is_a_switch():
+    def job(*, search: bool = False, top: int = 10):
+        pass
+
+    flags = [launcher._job_flags(job, line.split(), "plan") for line in ("--search", "--search --top 2")]
+    assert flags == [{"search": True}, {"search": True, "top": 2}]
+    assert launcher._job_flags(job, ["--search", "false", "--top=3"], "plan") == {"search": False, "top": 3}
 
 
 def test_a_no_is_a_sentence_and_exit_code_1(monkeypatch, capsys):
