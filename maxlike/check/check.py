@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -60,18 +61,35 @@ def check(experiment: Experiment, run_dir: pathlib.Path, *, rows: str | None = N
             raise UserError(f"--rows names {name!r}{nearest(name, ROWS)}; rows are {', '.join(ROWS)}")
     folder = pathlib.Path(run_dir) / "check"
     folder.mkdir(parents=True, exist_ok=True)
-    found = run(experiment, folder, wanted)
+    found = run(
+        experiment, folder, wanted, lambda row: print(f"{row.name}: {row.verdict}", file=sys.stderr, flush=True)
+    )
+    for name in wanted:
+        if not any(row.name == name or row.name.startswith(f"{name}/") for row in found):
+            known = ", ".join(row.name for row in found) or f"those of {name.split('/')[0]}, without a name behind it"
+            raise UserError(f"--rows names {name!r}, which this experiment has not; it has {known}")
     _show(experiment, folder, found)
     failed = [row.name for row in found if row.failed]
     if failed:
         raise Failed(f"{len(failed)} of {len(found)} rows do not hold: {', '.join(failed)}; see {folder / 'table.txt'}")
 
 
-def run(experiment: Experiment, folder: pathlib.Path, wanted: tuple[str, ...] = ()) -> list[Row]:
-    """The rows of an experiment, without a word; `folder` must exist. wanted: names as for `check`, empty for all."""
+def run(
+    experiment: Experiment,
+    folder: pathlib.Path,
+    wanted: tuple[str, ...] = (),
+    done: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """The rows of an experiment; `folder` must exist. wanted: names as for `check`, empty for all. done: called with
+    each row when it is known."""
     logging.get_absl_logger().setLevel(logging.WARNING)
     subject = Subject(experiment, folder, wanted)
-    return [row for group in ROWS if subject.wants_some(group) for row in _group(subject, group)]
+    found = []
+    for group in ROWS:
+        for row in _group(subject, group) if subject.wants_some(group) else ():
+            found.append(row)
+            done(row)
+    return found
 
 
 def _group(subject: Subject, group: str) -> Iterator[Row]:
@@ -91,7 +109,10 @@ def _show(experiment: Experiment, folder: pathlib.Path, rows: list[Row]) -> None
     for row in rows:
         numbers = ("", "") if row.result is None else (_number(row.result.largest), _number(row.result.tolerance))
         table.add_row(row.name, row.compared, *numbers, row.verdict, Text(row.note))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 100
+    console.print(table)
     with (folder / "table.txt").open("w") as file:
         Console(file=file, width=200, highlight=False).print(table)
     body = [

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import pathlib
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -95,10 +96,11 @@ def broken(name: str, compared: str, error: Exception) -> Row:
 
 
 def refused_by_us(error: BaseException) -> bool:
-    """Whether an exception was raised by a sentence of ours, not by jax or numpy beneath us."""
-    frames = traceback.walk_tb(error.__traceback__)
-    module = [frame.f_globals.get("__name__", "") for frame, _ in frames][-1]
-    return module.split(".")[0] in ("layers", "maxlike")
+    """Whether an exception is a sentence of ours, raised by a `raise` of ours: jax hides its own frames, so an error of
+    jax also seems to end in our code, but at a call."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ours = any(f"/{package}/" in pathlib.PurePath(frame.filename).as_posix() for package in ("layers", "maxlike"))
+    return ours and (frame.line or "").startswith("raise ")
 
 
 def parts(network: Any, kind: type) -> list[Any]:
