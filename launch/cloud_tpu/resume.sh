@@ -36,7 +36,16 @@ start() {
     MISSING) repeat create.sh ;;
     *) ;; # it is on its way
   esac
-  until "$dry_run" || [[ "$(state)" == ACTIVE ]]; do
+  until "$dry_run"; do
+    case "$(state)" in
+      ACTIVE) break ;;
+      SUSPENDED | FAILED) # refused, or taken back before it could be used
+        "$watch" || fail "the TPU is refused or was taken back at once: try later, or with --watch"
+        sleep "$poll"
+        start again
+        return
+        ;;
+    esac
     sleep "$poll"
   done
   repeat setup.sh

@@ -160,6 +160,9 @@ def test_a_tpu_that_was_taken_back_is_asked_for_set_up_and_started_again(world):
     assert again[:5] == [describe, delete, first[0], describe, describe]
     assert [call.split()[:5] for call in again[5:]] == [call.split()[:5] for call in first[1:]]
     assert [call for call in again[5:] if " scp " not in call] == [call for call in first[1:] if " scp " not in call]
+    world.states("SUSPENDED", "WAITING_FOR_RESOURCES", "FAILED")
+    assert "try later" in world.run("cloud_tpu/resume.sh", "n", "--poll", "1", code=2)
+    world.calls()
     world.run("cloud_tpu/delete.sh", "n")
     assert world.calls() == [delete]
     assert "was not started from here" in world.run("cloud_tpu/resume.sh", "n", code=2)
