@@ -4,6 +4,7 @@ import pytest
 
 from maxlike import config
 from maxlike.check import check
+from maxlike.errors import UserError
 
 FAMILIES = ["transformer", "linear_attention", "mamba_hybrid", "moe", "moma", "moma_routers"]
 OTHERS = ["quickstart", "llama_8b", "gpt2_124m", "image_tokenizer"]
@@ -19,3 +20,9 @@ def test_every_row_holds(name, tmp_path):
     assert [f"{row.name}: {row.note}" for row in rows if row.failed] == []
     assert sum(row.verdict == "equal" for row in rows) > 5
     assert {row.name.split("/")[0] for row in rows} == {*check.ROWS}
+
+
+def test_a_row_that_is_not_there_is_no_success(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "run", lambda experiment, folder, wanted, done: [])
+    with pytest.raises(UserError, match="mesh/nonsense"):
+        check.check(None, tmp_path, rows="mesh/nonsense")
