@@ -12,10 +12,12 @@ devices stays so: they exchange the largest logit, the normaliser and the target
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layers import axes, kernels
 
@@ -58,16 +60,16 @@ def cross_entropy(
     chunk: int | None,
     parts_BTM: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """(sums.nats + z_loss * sums.squared_log_z, sums). The first is differentiable by `hidden_BTD` and by whatever
-    arrays `logits` closes over; the sums are not.
+    """(sums.nats + z_loss * sums.squared_log_z, sums). The first is differentiable by `hidden_BTD` and by the arrays
+    that `logits` closes over; the sums are not.
 
-    logits: hidden [B, c, D] -> float32 [B, c, V], pointwise in B and c. weights_BT: weight of each target, 0 to mask.
+    logits: hidden [B, c, D] -> float32 [B, c, V], pointwise in B and c: a method of a module or a functools.partial,
+    whose arrays are what it closes over. weights_BT: weight of each target, 0 to mask.
     chunk: positions per chunk, for all rows at once; None: by memory. parts_BTM: membership of each target in M parts
     (0 or 1) that are to be summed by themselves; None: no parts.
     """
     hidden_BTD = axes.constrain(hidden_BTD, "batch", "length", "act_embed")
-    # Inside another shard_map (a stage of a pipeline) chunks are of all rows: `logits` is traced there, and what is
-    # traced in one shard_map cannot run in a second one.
+    # Inside another shard_map (a stage of a pipeline) chunks are of all rows.
     over = () if axes.nested() else tuple(dict.fromkeys(axes.mesh_axes("batch") + axes.mesh_axes("length")))
     cut = axes.shards("length")
     rows, length = hidden_BTD.shape[0] // axes.shards("batch"), hidden_BTD.shape[1] // cut  # on a device
@@ -80,13 +82,41 @@ def cross_entropy(
     kernels.take("cross_entropy", "chunked", f"{chunks} x {cut * size} positions, gradient made in the forward pass")
     parts_BTM = jnp.zeros((*targets_BT.shape, 0)) if parts_BTM is None else parts_BTM
     batch = (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32), parts_BTM.astype(jnp.float32))
-    # Arrays that `logits` closes over (the head, a tied table) become arguments, so that they get gradients. It is
-    # traced for one chunk of one device, and placed when that runs.
-    with axes.place_with(None):
-        one_chunk = hidden_BTD[:rows, :size] if over else hidden_BTD[:, : -(-hidden_BTD.shape[1] // chunks)]
-        function, closed_over = jax.closure_convert(logits, one_chunk)
+    function, closed_over = _with_arguments(logits, hidden_BTD[:1, :1])
     total, sums = _summed(function, z_loss, chunks, over, batch, closed_over)
     return total, jax.lax.stop_gradient(sums)
+
+
+def _with_arguments(logits: Callable, hidden: jax.Array) -> tuple[Callable, list[jax.Array]]:
+    """(function, arrays) with function(hidden, *arrays) = logits(hidden): the arrays that it reads (the head, a tied
+    table) as arguments, so that they get gradients.
+
+    It is traced anew wherever it runs: a jaxpr made outside a shard_map does not run in it once it holds a number or a
+    jitted part (a soft cap, the mask of a padded vocabulary).
+    """
+    if inspect.ismethod(logits):
+        logits = functools.partial(logits.__func__, logits.__self__)
+    if isinstance(logits, functools.partial):
+        logits = jax.tree_util.Partial(logits.func, *logits.args, **logits.keywords)
+    leaves, tree = jax.tree.flatten(logits)
+    places = [i for i, x in enumerate(leaves) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)]
+
+    def put(arrays: Sequence[jax.Array], at: list[int]) -> Callable:
+        given = dict(zip(at, arrays, strict=True))
+        # In the place of an array that nothing reads stands one of its shape, without memory.
+        unread = {i: np.broadcast_to(np.zeros((), leaves[i].dtype), leaves[i].shape) for i in places}
+        return jax.tree.unflatten(tree, [(unread | given).get(i, x) for i, x in enumerate(leaves)])
+
+    with axes.place_with(None):
+        jaxpr = jax.make_jaxpr(lambda arrays: put(arrays, places)(hidden))([leaves[i] for i in places]).jaxpr
+    read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | {id(x) for x in jaxpr.outvars}
+    used = [i for i, x in zip(places, jaxpr.invars, strict=True) if id(x) in read]
+
+    def function(hidden: jax.Array, *arrays: jax.Array) -> jax.Array:
+        with axes.place_with(None):  # `_of_chunk` places the result
+            return put(arrays, used)(hidden)
+
+    return function, [leaves[i] for i in used]
 
 
 def _cut(x: jax.Array, chunks: int) -> jax.Array:

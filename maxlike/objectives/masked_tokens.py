@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from layers import axes
 from maxlike.errors import UserError
 from maxlike.metrics import Mean
 from maxlike.objectives.batch import context_of, read_aux
@@ -89,13 +90,18 @@ class MaskedTokens:
                 f"MaskedTokens.mask_id or special_ids hold {largest} and LanguageModel.vocab={model.vocab}: "
                 "take ids of the vocabulary."
             )
+        if "order" in batch:
+            raise UserError(
+                "MaskedTokens reads the token before each and the mesh holds rows out of order: set Mesh.balance=False."
+            )
         rate = self.evaluation_rate if key is None else self.rate
         noise_key, model_key = (jax.random.key(0), None) if key is None else jax.random.split(key)
         noisy_BT, chosen_BT = self.noise(batch, noise_key, rate, model.vocab)
         output = model(noisy_BT, context_of(batch, model_key))
 
-        T = noisy_BT.shape[1]
-        room = min(T, math.ceil(rate * T + 4 * math.sqrt(rate * (1 - rate) * T)))
+        T, parts = noisy_BT.shape[1], axes.shards("length")
+        room = math.ceil(rate * T + 4 * math.sqrt(rate * (1 - rate) * T))
+        room = min(T, -(-room // parts) * parts)  # the head's work is cut as rows are
         # The chosen positions of each row first, in order; a row's own gather stays on its device.
         index_BM = jnp.argsort(~chosen_BT, axis=1, stable=True)[:, :room]
 

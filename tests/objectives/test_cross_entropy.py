@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from layers import axes
+from layers.language_model import mask_padding
 from maxlike.collectives import by_axis, collectives
 from maxlike.objectives.cross_entropy import FEWEST_CHUNKS, chunk_length, cross_entropy
 from maxlike.sharding import Mesh
@@ -141,16 +142,16 @@ def test_chunks_are_chosen_by_memory():
 
 
 def test_on_a_mesh_neither_logits_nor_the_heads_rows_travel():
-    """Rows on data and fsdp, the vocabulary on tensor; a length that no number of chunks divides."""
+    """Rows on data and fsdp, the vocabulary, padded, on tensor; a length that no number of chunks divides."""
     rows, length, dim, vocab = 8, 7, 6, 32
     rng = np.random.default_rng(1)
     hidden = jnp.asarray(rng.normal(size=(rows, length, dim)), jnp.float32)
     weights = jnp.asarray(rng.normal(size=(vocab, dim)), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, vocab, (rows, length)), jnp.int32)
+    targets = jnp.asarray(rng.integers(0, vocab - 3, (rows, length)), jnp.int32)
     counts = jnp.asarray(rng.choice([0.0, 1.0, 2.0], (rows, length)), jnp.float32)
 
     def loss(hidden, weights):
-        logits = functools.partial(head, weights)
+        logits = functools.partial(lambda w, h: mask_padding(head(w, h), vocab - 3), weights)
         return cross_entropy(logits, hidden, targets, counts, z_loss=0.1, chunk=2)[0]
 
     differentiate = jax.value_and_grad(loss, (0, 1))
