@@ -50,11 +50,6 @@ class Time:
         return max(("compute", self.compute), ("memory", self.memory), ("network", self.exposed), key=lambda x: x[1])[0]
 
 
-def bubble(stages: int, micro_batches: int, repeats: int = 1) -> float:
-    """Share of a pipelined step in which a stage waits: (p - 1) / (M v + p - 1) (GPipe, 1F1B; v > 1: circular)."""
-    return (stages - 1) / (micro_batches * repeats + stages - 1)
-
-
 def efficiency(smallest: float) -> float:
     """Share of the peak of a product whose smallest dimension on a device is this."""
     low = EFFICIENCY[0]
@@ -104,7 +99,7 @@ def predict(
         memory=moved / device.bandwidth,
         network=network,
         exposed=exposed,
-        bubble=bubble(shares.stage, shares.ticks, shares.repeats),
+        bubble=shares.bubble,
     )
 
 

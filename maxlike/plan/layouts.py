@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from layers.pipeline import bubble
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.one_f_one_b import OneFOneB
@@ -63,11 +64,12 @@ class Shares:
         self.tensor_axes = tuple(dict.fromkeys(a for name in ("act_heads", "act_mlp") for a in layout.mesh_axes(name)))
         self.stage_axes = layout.mesh_axes("layers")
         self.expert_axes = layout.mesh_axes("experts")
-        # ticks, repeats: micro-batches that a pipeline passes on, and how often each comes to a stage.
         # Where positions of the residual stream lie on the tensor axes too, its arrays are cut like all others.
         residual = layout.mesh_axes("residual_length") if "residual_length" in layout.rules else ()
         self.sequence_parallel = bool(set(residual) & set(self.tensor_axes))
         self.weights = tuple(self._weights(experiment))
+        # ticks, repeats: micro-batches that a pipeline passes on, and how often each comes to a stage. bubble: what it
+        # waits of a step.
         pipeline, schedule = experiment.bare().stack.pipeline, experiment.step.gradients
         self.one_f_one_b = isinstance(schedule, OneFOneB)
         if self.stage == 1:
@@ -81,6 +83,10 @@ class Shares:
             )
         else:
             self.ticks, self.repeats = pipeline.micro_batches, pipeline.repeats
+        try:
+            self.bubble = bubble("1f1b" if self.one_f_one_b else "circular", self.stage, self.ticks, self.repeats)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def parts(self, axes: Iterable[str]) -> int:
         """Devices along some mesh axes."""

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 
 from launch import simulated
-from layers import pipeline
 from maxlike import config
 from maxlike.collectives import by_axis
 from maxlike.errors import UserError
@@ -105,19 +104,6 @@ def test_flops_follow_the_convention_and_remat(toy, traces):
     again = sum(w.flops for w in traces["full"].row) / length
     head = 6 * 256 * 2048
     assert 7 / 6 < (again - head) / (counted - head) <= 8 / 6  # the last product of a block is not recomputed
-
-
-@pytest.mark.parametrize(("stages", "micro_batches", "repeats"), [(2, 4, 1), (4, 4, 1), (4, 8, 2), (8, 3, 1)])
-def test_bubble_by_counting_ticks(stages, micro_batches, repeats):
-    """Stage s works on piece t - s of its queue in tick t."""
-    queue = micro_batches * repeats
-    ticks = queue + stages - 1
-    idle = sum(not 0 <= t - s < queue for t in range(ticks) for s in range(stages))
-    assert estimate.bubble(stages, micro_batches, repeats) == pytest.approx(idle / (ticks * stages))
-    if repeats == 1 or micro_batches >= stages:
-        assert estimate.bubble(stages, micro_batches, repeats) == pipeline.bubble(
-            "circular", stages, micro_batches, repeats
-        )
 
 
 def test_state_is_megatrons_bytes_a_parameter(traces):
