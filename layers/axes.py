@@ -262,6 +262,6 @@ def shard_map(function: Callable, *, over: tuple[str, ...], inputs: Any, outputs
 
 
 def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *, like: jax.Array) -> jax.Array:
-    """Zeros that inside a shard_map vary over the same mesh axes as `like`: what a loop over such arrays starts from."""
+    """Zeros that inside a shard_map vary over the mesh axes of `like`: what a loop over such arrays starts from."""
     some = jax.lax.stop_gradient(jnp.ravel(like)[0])
     return jnp.zeros(shape, dtype) + jnp.where(some == some, 0, 0).astype(dtype)
