@@ -18,6 +18,7 @@ from maxlike.check.variant import LeftOut, Row, Variant, parts
 from maxlike.errors import UserError
 from maxlike.objectives.masked_tokens import MaskedTokens
 from maxlike.objectives.next_token import NextToken
+from maxlike.objectives.reconstruction import Reconstruction
 
 EXACT = 1e-5  # of a tensor's magnitude, float32: the same sums in another order
 # The implementation of each operation that is closest to its formula.
@@ -53,6 +54,8 @@ def on_mesh(subject: Subject, overlays: tuple[str, ...]) -> tuple[Variant, Varia
         staged = subject.variant((), overlays).staged
     except UserError as refusal:
         raise LeftOut(f"refused: {refusal}") from refusal
+    if staged:
+        need_sums(subject)
     lines, remark = by_token_alone(subject) if staged else ([], "")
     variant, single, where = subject.on_mesh(overlays, lines)
     return variant, single, "; ".join(filter(None, (where, remark)))
@@ -148,8 +151,7 @@ def accumulation(subject: Subject) -> Iterator[Row]:
     lines, remark = by_token_alone(subject)
 
     def judge() -> Comparison:
-        if isinstance(subject.base.experiment.objective, MaskedTokens):
-            raise LeftOut("MaskedTokens draws its masks anew for every micro-batch")
+        need_sums(subject)
         one = subject.variant([*lines, *subject.bindings.override("Step", "micro_batches", 2)])
         other = subject.variant(lines)
         result = compare(_totals(subject.record(one)), _totals(subject.record(other)), EXACT)
@@ -198,6 +200,15 @@ def _hidden(
         {"output": {name: x[real_BT] for name, x in packed_outputs.items()}},
         {"output": {name: x[row, position] for name, x in alone_outputs.items()}},
     )
+
+
+def need_sums(subject: Subject) -> None:
+    """Raises LeftOut for an objective that micro-batches do not add up to."""
+    objective = subject.base.experiment.objective
+    if isinstance(objective, MaskedTokens):
+        raise LeftOut("MaskedTokens draws its masks anew for every micro-batch")
+    if not isinstance(objective, NextToken | Reconstruction):
+        raise LeftOut(f"{type(objective).__name__} is no sum over tokens, so micro-batches do not add up to the batch")
 
 
 def by_token_alone(subject: Subject) -> tuple[list[str], str]:
