@@ -26,7 +26,10 @@ def write(cache: dict[str, jax.Array], new: dict[str, jax.Array], slot_BT: jax.A
     row_B1 = jnp.arange(slot_BT.shape[0])[:, None]
 
     def put(name: str) -> jax.Array:
-        place = (row_B1, slice(None), slot_BT) if name in BY_HEAD else (row_B1, slot_BT)
+        place = (row_B1, slot_BT)
+        if name in BY_HEAD:
+            # Heads by number: with a slice for them XLA on CPU turns the whole cache around at every write (5 times).
+            place = (row_B1[..., None], jnp.arange(cache[name].shape[1]), slot_BT[..., None])
         return cache[name].at[place].set(new[name].astype(cache[name].dtype), mode="drop")
 
     return {name: put(name) for name in cache}

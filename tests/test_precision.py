@@ -37,6 +37,7 @@ def plain():
     return train()[0]
 
 
+@pytest.mark.large
 def test_delayed_scales_are_the_same_on_a_mesh_and_train_as_well(plain):
     eight = (*EMULATED, "step.Step.compute_dtype = 'float32'")
     one, state = train(*eight, overlays=("precision/fp8_delayed",))

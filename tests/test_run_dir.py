@@ -18,9 +18,9 @@ from maxlike.run_dir import RunDirectory
 run = RunDirectory(sys.argv[1])
 worker = os.fork()
 if worker == 0:
+    print(os.getpid(), flush=True)  # by now it has let go of the lock that it was born with
     sys.stdin.read()  # a data worker that outlives its parent
     os._exit(0)
-print(worker, flush=True)
 sys.stdin.read()
 """
 

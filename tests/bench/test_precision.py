@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from layers.low_precision import Float8
 from maxlike.bench import bench, precision
 from tests import tiny
 
 
+@pytest.mark.large
 def test_precision(tmp_path, monkeypatch):
     assert [arm.emulate for arm in precision.arms().values() if arm is not None] == [True] * 4
     arms = {precision.BASE: None, "float8 tensor": Float8(smallest=16, emulate=True)}
