@@ -7,7 +7,7 @@ parameter table all read that one tuple; names of parameters are never parsed.
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -176,11 +176,13 @@ def _open_mesh(placement: Placement) -> tuple[jax.sharding.Mesh | jax.sharding.A
 
 def _without(spec: jax.sharding.PartitionSpec, taken: frozenset[str]) -> jax.sharding.PartitionSpec:
     """A PartitionSpec that no longer names the axes in `taken`."""
-    entries = []
-    for entry in spec:
-        names = tuple(name for name in ((entry,) if isinstance(entry, str) else entry or ()) if name not in taken)
-        entries.append(names if len(names) > 1 else names[0] if names else None)
-    return jax.sharding.PartitionSpec(*entries)
+    entries = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
+    return _spec(tuple(name for name in names if name not in taken) for names in entries)
+
+
+def _spec(entries: Iterable[tuple[str, ...]]) -> jax.sharding.PartitionSpec:
+    """The PartitionSpec of the mesh axes of each dimension."""
+    return jax.sharding.PartitionSpec(*(e if len(e) > 1 else e[0] if e else None for e in entries))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -214,8 +216,7 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 
 def shards(axis: str) -> int:
     """Over how many devices a logical axis is spread and still whole here, see `mesh_axes`."""
-    placement = _placement.get()
-    return 1 if placement is None else math.prod(placement.mesh.shape[name] for name in mesh_axes(axis))
+    return mesh_size(mesh_axes(axis))
 
 
 def mesh_size(names: tuple[str, ...]) -> int:
@@ -249,8 +250,7 @@ def shard_map(function: Callable, *, over: tuple[str, ...], inputs: Any, outputs
         raise ValueError(f"shard_map over {over}: the mesh axes open here are {[n for n in known if n not in taken]}")
 
     def spec(axes: Axes) -> jax.sharding.PartitionSpec:
-        entries = [() if axis is None else tuple(m for m in placement.mesh_axes(axis) if m in over) for axis in axes]
-        return jax.sharding.PartitionSpec(*(e if len(e) > 1 else e[0] if e else None for e in entries))
+        return _spec(() if axis is None else tuple(m for m in placement.mesh_axes(axis) if m in over) for axis in axes)
 
     def is_axes(leaf: Any) -> bool:
         return isinstance(leaf, tuple) and all(axis is None or isinstance(axis, str) for axis in leaf)
