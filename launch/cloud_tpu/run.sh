@@ -16,8 +16,9 @@ if "$stop"; then
 fi
 [[ ${#rest[@]} -gt 0 ]] || fail 'give the flags of python -m launch behind --, such as -- --experiment llama_1b'
 words="$(printf '%q ' "${rest[@]}")"
+# By its command line: the number may be another process's since a restart, or one that ended and nobody waited for.
 # shellcheck disable=SC2016
-alive='if [ -f launch.pid ] && kill -0 "$(cat launch.pid)" 2> /dev/null; then echo "still running" >&2; exit 1; fi'
+alive='if [ -f launch.pid ] && grep -aqs launch "/proc/$(cat launch.pid)/cmdline"; then echo "still running" >&2; exit 1; fi'
 start="(cd maxlike && exec nohup ../maxlike-env/bin/python -m launch $words) > launch.log 2>&1 < /dev/null &"
 on_workers all "$alive; $start echo \$! > launch.pid"
 remember

@@ -141,6 +141,17 @@ def test_a_command_runs_on_the_workers_once_and_stops_with_a_checkpoint(world):
     assert len(world.launched()) == 2
 
 
+def test_a_number_that_another_process_has_now_or_that_nobody_waited_for_is_not_running(world):
+    with subprocess.Popen(["sleep", "600"]) as other, subprocess.Popen("true") as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        for count, process in enumerate((other, ended), start=1):
+            (world.path / "worker" / "launch.pid").write_text(f"{process.pid}\n")
+            world.run("cloud_tpu/run.sh", "n", "--", "--experiment", "e")
+            eventually(lambda count=count: len(world.launched()) == count)
+            os.kill(int((world.path / "worker" / "launch.pid").read_text()), signal.SIGKILL)
+        other.kill()
+
+
 def test_a_tpu_that_was_taken_back_is_asked_for_set_up_and_started_again(world):
     world.command("bin/python3", RECORD)  # the worker's own, which installs
     world.run("cloud_tpu/create.sh", "n", "--type", "v5litepod-16", "--spot")
