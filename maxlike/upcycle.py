@@ -1,8 +1,9 @@
 """Upcycling: a model with more experts begins as copies of the experts of a trained one with fewer."""
 
+import copy
 import pathlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,12 @@ class Upcycle:
     ):
         self.source, self.fresh, self.tree = pathlib.Path(source), tuple(fresh), tree
         self.mapping = {"": ""} if mapping is None else dict(mapping)
+
+    def from_run(self, source: pathlib.Path | str) -> Self:
+        """The same warm start from another run, which may not be there yet."""
+        other = copy.copy(self)
+        other.source = pathlib.Path(source)
+        return other
 
     def __call__(self, state: dict, abstract_state: dict, say: Callable[[str], None]) -> dict:
         """`state` with the seed's parameters, in the average too; fresh ones stay as `state` has them."""

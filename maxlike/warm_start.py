@@ -1,8 +1,9 @@
 """Warm start: the parameters of one run in the model of another, by an explicit mapping."""
 
+import copy
 import pathlib
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,12 @@ class WarmStart:
         self.mapping = {"": ""} if mapping is None else dict(mapping)
         self.tree = tree
         self.ignore = tuple(ignore)
+
+    def from_run(self, source: pathlib.Path | str) -> Self:
+        """The same warm start from another run, which may not be there yet."""
+        other = copy.copy(self)
+        other.source = pathlib.Path(source)
+        return other
 
     def __call__(self, state: dict, abstract_state: dict, say: Callable[[str], None]) -> dict:
         """`state` with the other run's parameters, in the average too; the optimizer begins anew."""
