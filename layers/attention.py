@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers import axes, kernels
+from layers import axes, kernels, taps
 from layers.attention_gate import gated
 from layers.cache import append, real, write
 from layers.context import AnyOrder, Context, ReadsPrefix
@@ -106,11 +106,15 @@ class Attention(nnx.Module, ReadsPrefix, AnyOrder):
             positions = (ctx.positions_BT if ctx.anchors_BT is None else ctx.anchors_BT, ctx.blocks_BT)
         if self.rope is not None:
             q_BTHK, k_BTGK = self.rope(q_BTHK, *positions), self.rope(k_BTGK, *positions)
-        return tuple(axes.constrain(z, "batch", "length", "act_heads", None) for z in (q_BTHK, k_BTGK, v_BTGK))
+        tapped = {"queries": q_BTHK, "keys": k_BTGK, "values": v_BTGK}
+        return tuple(
+            taps.tap(name, axes.constrain(z, "batch", "length", "act_heads", None), self) for name, z in tapped.items()
+        )
 
     def _finish(self, y_BTHK, score):
         """The output projection, with the gates around it."""
-        return gated(self.gate, "g5", self.out(gated(self.gate, "g1", y_BTHK, score)), score)
+        y_BTHK = gated(self.gate, "g1", taps.tap("attention_output", y_BTHK, self), score)
+        return gated(self.gate, "g5", self.out(taps.tap("gated_output", y_BTHK, self)), score)
 
     def _aux(self, score, ctx: Context) -> dict[str, jax.Array]:
         return {} if self.gate is None else self.gate.metrics(score, ctx)

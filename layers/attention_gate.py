@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers import axes
+from layers import axes, taps
 from layers.context import Context
 from layers.linear import Linear
 
@@ -107,7 +107,7 @@ class AttentionGate(nnx.Module):
         score = ACTIVATIONS[self.activation](z.astype(jnp.float32))
         if self.head_shared:
             score = jnp.mean(score, 2, keepdims=True)
-        return score.astype(x_BTD.dtype)
+        return taps.tap("gate", score.astype(x_BTD.dtype), self)
 
     def combine(self, y: jax.Array, score: jax.Array) -> jax.Array:
         return y * score if self.mode == "mul" else y + score

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers import axes, kernels
+from layers import axes, kernels, taps
 from layers.attention import Attention
 from layers.cache import real, write
 from layers.context import Context
@@ -115,7 +115,11 @@ class DualChunk(Attention):
             q_BTHK = q_BTHK * temperature_BT[:, :, None, None].astype(q_BTHK.dtype)
         queries = tuple(self.rope(q_BTHK, place_BT) for place_BT in self.query_positions(positions_BT))
         keys = self.rope(k_BTGK, positions_BT % self.chunk)
-        return jax.tree.map(lambda z: axes.constrain(z, "batch", "length", "act_heads", None), (queries, keys, v_BTGK))
+        queries, keys, values = jax.tree.map(
+            lambda z: axes.constrain(z, "batch", "length", "act_heads", None), (queries, keys, v_BTGK)
+        )
+        queries = tuple(taps.tap("queries", q_BTHK, self) for q_BTHK in queries)
+        return queries, taps.tap("keys", keys, self), taps.tap("values", values, self)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         q_BTHK, k_BTGK, v_BTGK, score = self._project(x_BTD)

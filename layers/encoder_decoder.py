@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers import axes
+from layers import axes, taps
 from layers.block import RESIDUAL, WHOLE, Aux, Block
 from layers.context import Context, Source
 from layers.embed import Embed, Head
@@ -72,12 +72,15 @@ class EncoderDecoder(nnx.Module):
         """Whether no target token sees a later one."""
         return is_causal(self.decoder)
 
+    def _embedded(self, tokens_BT: jax.Array, ctx: Context) -> jax.Array:
+        return taps.tap("residual", self.embed(tokens_BT, ctx), self.embed)
+
     def encode(self, source: Source, *, key: jax.Array | None = None, train: bool = False) -> tuple[jax.Array, Aux]:
         """(memory_BSD, aux): what the decoder sees of a source."""
         index_1S = jnp.arange(source.tokens_BS.shape[1])[None]
         bias_BHSS = None if self.encoder_bias is None else self.encoder_bias(index_1S, index_1S)
         ctx = Context(source.positions_BS, source.segments_BS, key=key, train=train, bias_BHTS=bias_BHSS)
-        x_BSD = axes.constrain(self.embed(source.tokens_BS, ctx), *RESIDUAL)
+        x_BSD = axes.constrain(self._embedded(source.tokens_BS, ctx), *RESIDUAL)
         x_BSD, aux = self.encoder(x_BSD, ctx)
         return axes.constrain(self.encoder_norm(x_BSD), *WHOLE), aux
 
@@ -92,7 +95,7 @@ class EncoderDecoder(nnx.Module):
         index_1T = jnp.arange(tokens_BT.shape[1])[None]
         bias_BHTS = None if self.decoder_bias is None else self.decoder_bias(index_1T, index_1T)
         ctx = ctx.replace(memory_BSD=memory_BSD, bias_BHTS=bias_BHTS, key=keys[1])
-        x_BTD = axes.constrain(self.embed(tokens_BT, ctx), *RESIDUAL)
+        x_BTD = axes.constrain(self._embedded(tokens_BT, ctx), *RESIDUAL)
         x_BTD, aux = self.decoder(x_BTD, ctx)
         hidden_BTD = axes.constrain(self.decoder_norm(x_BTD), *WHOLE)
         return Output(hidden_BTD, {"encoder": encoder_aux, "decoder": aux})
@@ -132,7 +135,7 @@ class EncoderDecoder(nnx.Module):
         positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
         bias_BHTS = None if self.decoder_bias is None else self.decoder_bias(positions_BT, slots_S[None])
         ctx = Context(positions_BT, None, lengths_B, bias_BHTS=bias_BHTS)
-        x_BTD, stack = self.decoder.extend(self.embed(tokens_BT, ctx), cache["stack"], ctx)
+        x_BTD, stack = self.decoder.extend(self._embedded(tokens_BT, ctx), cache["stack"], ctx)
         return self.decoder_norm(x_BTD), {"length_B": start_B + lengths_B, "slots_S": slots_S, "stack": stack}
 
     def flops_per_token(self, length: int) -> float:

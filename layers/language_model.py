@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers import axes
+from layers import axes, taps
 from layers.attention import Attention
 from layers.block import RESIDUAL, WHOLE, Aux
 from layers.context import Context
@@ -100,9 +100,12 @@ class LanguageModel(nnx.Module):
             )
         return ctx.replace(modality_BT=self.modality(tokens_BT), modalities=self.modalities)
 
+    def _embedded(self, tokens_BT: jax.Array, ctx: Context) -> jax.Array:
+        return taps.tap("residual", self.embed(tokens_BT, ctx), self.embed)
+
     def enter(self, tokens_BT: jax.Array, ctx: Context) -> jax.Array:
         """What the stack begins with, [B, T, D]."""
-        return axes.constrain(self.embed(tokens_BT, ctx), *RESIDUAL)
+        return axes.constrain(self._embedded(tokens_BT, ctx), *RESIDUAL)
 
     def leave(self, x_BTD: jax.Array) -> jax.Array:
         """hidden_BTD of what the stack ends with."""
@@ -142,7 +145,7 @@ class LanguageModel(nnx.Module):
         new = {"length_B": start_B + lengths_B}
         if self.prompt != "causal":
             ctx, new["prefix_B"] = self._see_prefix(ctx, start_B, cache["prefix_B"])
-        x_BTD, new["stack"] = self.stack.extend(self.embed(tokens_BT, ctx), cache["stack"], ctx)
+        x_BTD, new["stack"] = self.stack.extend(self._embedded(tokens_BT, ctx), cache["stack"], ctx)
         return self._hidden(x_BTD), new
 
     def _see_prefix(self, ctx: Context, start_B: jax.Array, prefix_B: jax.Array) -> tuple[Context, jax.Array]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from layers import axes
+from layers import axes, taps
 
 # What remat policies may keep by name: a projection's output or input, by the logical axes on that side.
 OUTPUT_NAMES = {"heads": "qkv", "kv_heads": "qkv", "groups": "qkv", "latent": "qkv", "mlp": "mlp_up"}
@@ -81,7 +81,7 @@ class Linear(nnx.Module):
         self.product = Product()
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...]
+        x, kernel = taps.tap("linear_input", x, self), self.kernel[...]
         lead = x.shape[: x.ndim - self.input_dims]
         x = x if self.input_name is None else checkpoint_name(x, self.input_name)
         # One plain matrix product: a contraction over several dimensions is slower on the CPU backend.

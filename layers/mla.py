@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers import axes, kernels
+from layers import axes, kernels, taps
 from layers.attention_gate import gated
 from layers.cache import real, write
 from layers.context import AnyOrder, Context
@@ -114,7 +114,8 @@ class MLA(nnx.Module, AnyOrder):
         z = z if self.query_norm is None else self.query_norm(z)
         q_BTHK = self.query(z) * self.query_factor
         nope, rope = q_BTHK[..., : self.nope_dim], self.rope(q_BTHK[..., self.nope_dim :], positions_BT)
-        return axes.constrain(jnp.concatenate([nope, rope], -1), "batch", "length", "act_heads", None)
+        q_BTHK = axes.constrain(jnp.concatenate([nope, rope], -1), "batch", "length", "act_heads", None)
+        return taps.tap("queries", q_BTHK, self)
 
     def _latents(self, x_BTD, positions_BT):
         """The normed, scaled latent [B, T, kv_rank] and the rotated shared key [B, T, 1, rope_dim]."""
@@ -126,13 +127,17 @@ class MLA(nnx.Module, AnyOrder):
         """Keys [B, S, G, nope + rope] and values [B, S, G, value_dim] of every kv head."""
         k_BSGN = self.key(c_BSR)
         shared_BSGK = jnp.broadcast_to(shared_BS1K, (*k_BSGN.shape[:3], self.rope_dim))
-        keys_and_values = jnp.concatenate([k_BSGN, shared_BSGK], -1), self.value(c_BSR)
-        return tuple(axes.constrain(z, "batch", "length", "act_heads", None) for z in keys_and_values)
+        expanded = {"keys": jnp.concatenate([k_BSGN, shared_BSGK], -1), "values": self.value(c_BSR)}
+        return tuple(
+            taps.tap(name, axes.constrain(z, "batch", "length", "act_heads", None), self)
+            for name, z in expanded.items()
+        )
 
     def _finish(self, y_BTHV, x_BTD):
         """(y_BTD, the gate's score): the output projection, with the gates around it."""
         score = None if self.gate is None else self.gate.score(x_BTD)
-        return gated(self.gate, "g5", self.out(gated(self.gate, "g1", y_BTHV, score)), score), score
+        y_BTHV = gated(self.gate, "g1", taps.tap("attention_output", y_BTHV, self), score)
+        return gated(self.gate, "g5", self.out(taps.tap("gated_output", y_BTHV, self)), score), score
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Keys and values of every head are made: fewest operations where all tokens are new."""
@@ -165,7 +170,8 @@ class MLA(nnx.Module, AnyOrder):
         q_BTHK = self._queries(x_BTD, ctx.positions_BT)
         latent_BSR = cache["latent"].astype(x_BTD.dtype)
         visible_BTS = kernels.visibility(ctx.cache_slots_BT, jnp.arange(slots)[None], causal=True, window=None)
-        if self._absorbing_is_cheaper(x_BTD.shape[1], slots):
+        # Absorbed, there are no keys and values: a tap on them needs the other way.
+        if self._absorbing_is_cheaper(x_BTD.shape[1], slots) and not taps.is_open("keys", "values"):
             q_nope, q_rope = q_BTHK[..., : self.nope_dim], q_BTHK[..., self.nope_dim :]
             q_BTHR = jnp.concatenate([self._absorb_key(q_nope), q_rope], -1)
             # Values are whole entries, and the shared key's part of the result is dropped: slicing would copy a cache.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from layers import axes, kernels
+from layers import axes, kernels, taps
 from layers.cache import real, write
 from layers.context import Context, ReadsPrefix
 from layers.linear import Linear
@@ -98,6 +98,11 @@ class RelativeAttention(nnx.Module, ReadsPrefix):
         self.query, self.key, self.value, self.out = _projections(dim, heads, K, self.scale, rngs)
         self.bias = None if bias is None else bias(rngs=rngs)
 
+    def _project(self, x_BTD) -> tuple[jax.Array, ...]:
+        """Queries, keys and values."""
+        parts = {"queries": self.query, "keys": self.key, "values": self.value}
+        return tuple(taps.tap(name, linear(x_BTD), self) for name, linear in parts.items())
+
     def _bias(self, ctx: Context, q_positions_BT, k_positions_BS) -> jax.Array:
         bias_BHTS = ctx.bias_BHTS if self.bias is None else self.bias(q_positions_BT, k_positions_BS)
         if bias_BHTS is None:
@@ -117,15 +122,16 @@ class RelativeAttention(nnx.Module, ReadsPrefix):
         if ctx.segments_BT is not None:
             visible_BTS = visible_BTS & (ctx.segments_BT[:, :, None] == ctx.segments_BT[:, None, :])
         kernels.take("biased_attention", "xla", "scores with a bias are held whole")
+        q_BTHK, k_BTHK, v_BTHK = self._project(x_BTD)
         y_BTHK = kernels.masked_attention(
-            self.query(x_BTD),
-            jnp.swapaxes(self.key(x_BTD), 1, 2),
-            jnp.swapaxes(self.value(x_BTD), 1, 2),
+            q_BTHK,
+            jnp.swapaxes(k_BTHK, 1, 2),
+            jnp.swapaxes(v_BTHK, 1, 2),
             visible_BTS,
             scale=self.scale,
             bias_BHTS=self._bias(ctx, positions_1T, positions_1T),
         )
-        return self.out(y_BTHK), {}
+        return _project_out(self, y_BTHK), {}
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, Any]:
         """An empty cache for rows of at most `length` tokens."""
@@ -138,7 +144,8 @@ class RelativeAttention(nnx.Module, ReadsPrefix):
         """Appends T tokens a row, of which the first ctx.lengths_B are real, at ctx.positions_BT."""
         slots = cache["k"].shape[2]
         slot_BT = jnp.where(real(ctx), ctx.cache_slots_BT, slots)
-        cache = write(cache, {"k": self.key(x_BTD), "v": self.value(x_BTD)}, slot_BT)
+        q_BTHK, k_BTHK, v_BTHK = self._project(x_BTD)
+        cache = write(cache, {"k": k_BTHK, "v": v_BTHK}, slot_BT)
         prefix_BS, k_positions_1S = None, jnp.arange(slots)[None]
         if ctx.prefix_BT is not None:
             none = {"prefix": jnp.zeros((x_BTD.shape[0], slots), bool)}
@@ -147,14 +154,14 @@ class RelativeAttention(nnx.Module, ReadsPrefix):
             ctx.cache_slots_BT, k_positions_1S, causal=True, window=None, prefix_BS=prefix_BS
         )
         y_BTHK = kernels.masked_attention(
-            self.query(x_BTD),
+            q_BTHK,
             cache["k"].astype(x_BTD.dtype),
             cache["v"].astype(x_BTD.dtype),
             visible_BTS,
             scale=self.scale,
             bias_BHTS=self._bias(ctx, ctx.cache_slots_BT, k_positions_1S),
         )
-        return self.out(y_BTHK), cache
+        return _project_out(self, y_BTHK), cache
 
     def flops_per_token(self, length: int) -> float:
         """Projections, scores and mixing; half the row if causal. The lookup of the bias counts nothing."""
@@ -183,12 +190,14 @@ class CrossAttention(nnx.Module, ReadsPrefix):
 
     def _by_head(self, memory_BSD):
         """Keys and values of the source, a matrix a head."""
-        return jnp.swapaxes(self.key(memory_BSD), 1, 2), jnp.swapaxes(self.value(memory_BSD), 1, 2)
+        parts = {"keys": self.key, "values": self.value}
+        return tuple(jnp.swapaxes(taps.tap(name, linear(memory_BSD), self), 1, 2) for name, linear in parts.items())
 
     def _attend(self, x_BTD, k_BHSK, v_BHSK, visible_BTS):
-        y_BTHK = kernels.masked_attention(self.query(x_BTD), k_BHSK, v_BHSK, visible_BTS, scale=self.scale)
+        q_BTHK = taps.tap("queries", self.query(x_BTD), self)
+        y_BTHK = kernels.masked_attention(q_BTHK, k_BHSK, v_BHSK, visible_BTS, scale=self.scale)
         y_BTHK = jnp.where(jnp.any(visible_BTS, -1)[:, :, None, None], y_BTHK, jnp.zeros((), y_BTHK.dtype))
-        return self.out(y_BTHK)
+        return _project_out(self, y_BTHK)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         if ctx.memory_BSD is None:
@@ -233,6 +242,10 @@ def _head_dim(owner: str, dim: int, heads: int, head_dim: int | None, scale: flo
     if scale <= 0:
         raise ValueError(f"{owner}.scale={scale} must be positive")
     return dim // heads if head_dim is None else head_dim
+
+
+def _project_out(attention: RelativeAttention | CrossAttention, y_BTHK) -> jax.Array:
+    return attention.out(taps.tap("gated_output", taps.tap("attention_output", y_BTHK, attention), attention))
 
 
 def _projections(dim: int, H: int, K: int, scale: float, rngs: nnx.Rngs) -> tuple[Linear, Linear, Linear, Linear]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers import axes, kernels
+from layers import axes, kernels, taps
 from layers.block import Aux
 from layers.context import Context
 from layers.remat import POLICIES, policy
@@ -91,6 +91,7 @@ class Stack(nnx.Module):
                 x_BTD, value = self._block(block, x_BTD, ctx, layer)
             else:
                 x_BTD, value = block.extend(x_BTD, caches[i], ctx.replace(layer=layer))
+            x_BTD = taps.tap("residual", x_BTD, block)
             out.append(value)
         return x_BTD, tuple(out)
 
@@ -165,8 +166,16 @@ class Stack(nnx.Module):
         For a loop of decoding steps: slicing the stacked parameters and restacking the caches would copy all of them in
         every step (on CPU 3 times the cost of reading the weights).
         """
-        if self._scanned():
-            return self
+        return self if self._scanned() else self._flat()
+
+    def bare(self) -> "Stack":
+        """The same blocks in a row, whatever would scan them, rematerialise them or spread them over stages: what taps
+        see in them can be returned from the function that runs them."""
+        flat = self._flat()
+        flat.remat, flat.pipeline = "none", None
+        return flat
+
+    def _flat(self) -> "Stack":
         flat = copy.copy(self)
         blocks = [block for period in unstack(self.periods, self.repeats) for block in period]
         flat.prefix = nnx.List([*self.prefix, *blocks])
@@ -181,10 +190,19 @@ class Stack(nnx.Module):
 def unroll(network: Any) -> Any:
     """A network with every Stack in it `unrolled`."""
 
+    return _map_stacks(Stack.unrolled, network)
+
+
+def lay_bare(network: Any) -> Any:
+    """A network with every Stack in it `bare`: for `layers.taps`."""
+    return _map_stacks(Stack.bare, network)
+
+
+def _map_stacks(function: Callable[[Stack], Stack], network: Any) -> Any:
     def is_stack(part: Any) -> bool:
         return isinstance(part, Stack)
 
-    return jax.tree.map(lambda part: part.unrolled() if is_stack(part) else part, network, is_leaf=is_stack)
+    return jax.tree.map(lambda part: function(part) if is_stack(part) else part, network, is_leaf=is_stack)
 
 
 def _name_layers(stacked):
