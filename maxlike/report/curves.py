@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from maxlike.report.records import Series, series
+from maxlike.report.records import Series, running_mean, series
 
 TRAIN, VALIDATION, INK, FAINT = "#2f6fb5", "#d1652b", "#222222", "#d9d9d9"
 DRAWN = 3000  # points of a raw curve; more cannot be seen
@@ -75,14 +75,6 @@ def _draw_train(axes, train: Series, smooth: bool) -> None:
     axes.plot(x[::stride], y[::stride], color=TRAIN, linewidth=0.6, alpha=0.35)
     mean = running_mean(y, window)
     axes.plot(x[::stride], mean[::stride], color=TRAIN, linewidth=1.6, label=f"train, mean of {window} steps")
-
-
-def running_mean(y: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values at each place, of fewer at the beginning."""
-    sums = np.concatenate([[0.0], np.cumsum(y)])
-    end = np.arange(1, len(y) + 1)
-    start = np.maximum(end - window, 0)
-    return (sums[end] - sums[start]) / (end - start)
 
 
 def _limits(axes, y: np.ndarray, from_zero: bool) -> None:

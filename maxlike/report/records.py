@@ -36,5 +36,13 @@ def series(records: list[dict], split: str, name: str, x: str = "step") -> Serie
     return np.asarray(xs, np.float64), np.asarray(ys, np.float64)
 
 
+def running_mean(y: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values at each place, of fewer at the beginning."""
+    sums = np.concatenate([[0.0], np.cumsum(y)])
+    end = np.arange(1, len(y) + 1)
+    start = np.maximum(end - window, 0)
+    return (sums[end] - sums[start]) / (end - start)
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maxlike.report.curves import CURVES, draw, running_mean
-from maxlike.report.records import read, series
+from maxlike.report.curves import CURVES, draw
+from maxlike.report.records import read, running_mean, series
 from maxlike.report.report import final_numbers, write_report
 from maxlike.run_dir import RunDirectory
 from maxlike.writers import MetricsWriter
