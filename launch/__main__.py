@@ -17,6 +17,7 @@ EPILOG = """Begin with `python -m launch --experiment quickstart`. A job's own p
 `--job generate --prompt "It is a truth"`, `--job data --step 100`; `--experiment E --job NAME --help` shows them. --set
 takes the knobs that gin files bind, and their macros: `--set steps=50`, `--set norm.RMSNorm.eps=1e-5`. gin files are
 code: run only files you trust."""
+DEFAULT_JOB = "train"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,7 +30,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--help", action="store_true", help="show this help, or a job's")
     parser.add_argument("--list", action="store_true", help="show experiments, overlays and jobs")
     parser.add_argument("--experiment", metavar="NAME", help="a name from --list, or a path to a .gin file")
-    parser.add_argument("--job", default="train", metavar="J", help="what to do with it (default: train)")
+    parser.add_argument("--job", metavar="J", help="what to do with it (default: the file's own, else train)")
     parser.add_argument("--overlay", action="append", default=[], metavar="O", help="a gin file put on top; repeatable")
     parser.add_argument("--set", action="append", default=[], metavar="K=V", help="one gin binding; repeatable")
     parser.add_argument("--run_dir", metavar="D", help="the run's directory (default: runs/NAME)")
@@ -131,26 +132,33 @@ def _run(argv: list[str]) -> None:
     if arguments.experiment is None:
         raise UserError("name an experiment: `python -m launch --experiment quickstart`; --list shows all")
     catalog.find("experiment", arguments.experiment)
-    catalog.find("job", arguments.job)
+    if arguments.job is not None:
+        catalog.find("job", arguments.job)
     from launch import environment
 
-    simulated.prepare(arguments.job, rest)
+    simulated.prepare(arguments.job or DEFAULT_JOB, rest)
     environment.prepare(arguments.xla)
     import absl.flags
 
     absl.flags.FLAGS(["maxlike"])  # Grain's workers read absl flags, which somebody must have parsed
     distributed.join(arguments.coordinator, arguments.processes, arguments.process, arguments.join_timeout)
-    from maxlike import config
+    from maxlike import config, noun
 
-    experiment = config.load(
-        arguments.experiment, overlays=arguments.overlay, bindings=arguments.set, job=arguments.job
+    subject = config.load(
+        arguments.experiment,
+        overlays=arguments.overlay,
+        bindings=arguments.set,
+        job=arguments.job,
+        default_job=DEFAULT_JOB,
+        kind=noun.Noun,
     )
-    job = experiment.config.job
+    job = subject.config.job
+    name = arguments.job or job.__name__
     if arguments.help:
-        _show_job(job, arguments.job)
+        _show_job(job, name)
         return
     run_dir = pathlib.Path(arguments.run_dir or pathlib.Path("runs") / _run_name(arguments.experiment))
-    job(experiment, run_dir, **_job_flags(job, rest, arguments.job))
+    job(subject, run_dir, **_job_flags(job, rest, name))
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 
@@ -15,6 +15,7 @@ from maxlike.data.pictures import Pictures
 from maxlike.errors import UserError
 from maxlike.hooks import Hook
 from maxlike.model import AbstractModel
+from maxlike.noun import Noun
 from maxlike.schedules import Clock
 from maxlike.sharding import Mesh
 from maxlike.step import Step
@@ -22,7 +23,7 @@ from maxlike.watchdog import Watchdog
 
 
 @dataclasses.dataclass(kw_only=True)
-class Experiment:
+class Experiment(Noun):
     """Everything that determines a training run, as objects.
 
     model: factory, called as `model(rngs=...)` -> a network (`layers.language_model.LanguageModel`).
@@ -37,12 +38,14 @@ class Experiment:
     products: `network -> network`, such as layers.low_precision.Float8: how its matrix products are computed; None: in
         the step's compute dtype.
     watchdog: when a step that takes long is recorded, and whether that ends the run.
-    warm_start: `(state, abstract state, say) -> state`, such as WarmStart or Upcycle: parameters of another run
-        to begin with, or None.
+    warm_start: `(state, abstract state, say) -> (state, passport)`, such as WarmStart, Upcycle or Deepen: parameters of
+        another run to begin with, or None.
     config: the `maxlike.config.Configuration` it was loaded from; None where it was built in Python.
 
     Raises UserError for counts below 1, or a batch that the micro-batches do not divide.
     """
+
+    binds: ClassVar[str] = "experiment.Experiment"
 
     model: Callable
     objective: Callable
@@ -71,6 +74,15 @@ class Experiment:
                 f"Step.micro_batches={self.step.micro_batches}: change one of the two"
             )
         self._abstract: AbstractModel | None = None
+
+    def configured(self, configuration: Any) -> "Experiment":
+        """The same with its configuration, under which its model is built; traces the model, which reads its knobs."""
+        made = dataclasses.replace(self, model=configuration.inside(self.model), config=configuration)
+        made.abstract_model()
+        return made
+
+    def described(self) -> str:
+        return "an experiment"
 
     @property
     def clock(self) -> Clock:
