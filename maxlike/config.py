@@ -185,11 +185,11 @@ def _read_binding(check: Check, text: str, unused: dict[str, str] | None) -> lis
 
 
 def _check_kind(made: Noun, kind: type[Noun], job: Callable | None, name: str) -> None:
-    """Refuses a noun that the job, or the caller, does not take."""
+    """Refuses a noun that the job, or the caller, does not take; a job that does not say takes an experiment."""
     takers = [("this", kind)]
     if job is not None:
         first = next(iter(inspect.signature(job).parameters))
-        takers.insert(0, (f"--job {job.__name__}", hints(job)[first]))
+        takers.insert(0, (f"--job {job.__name__}", hints(job).get(first, Experiment)))
     for taker, wanted in takers:
         if not isinstance(made, wanted):
             raise UserError(f"{taker} takes a file that binds {wanted.binds}, and {name} is {made.described()}")
