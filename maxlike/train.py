@@ -11,12 +11,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from layers import kernels
-from maxlike import interrupt
+from maxlike import interrupt, passport
 from maxlike.checkpoint import Store
 from maxlike.data.data import Batches
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.log import Log
+from maxlike.passport import Stamp
 from maxlike.program import Program
 from maxlike.revision import revision
 from maxlike.run_dir import RunDirectory
@@ -37,6 +38,7 @@ class Training:
     log: Log
     validation: dict[str, float] = dataclasses.field(default_factory=dict)
     dropped: set[int] = dataclasses.field(default_factory=set)  # steps whose update a rewind gave up
+    passport: list[Stamp] = dataclasses.field(default_factory=list)  # where the parameters came from
 
     def record_validation(self, step: int, metrics: dict[str, float]) -> None:
         """Keeps and logs the metrics of the validation split after `step` updates."""
@@ -55,6 +57,7 @@ class Training:
             "config": self.experiment.config.operative if self.experiment.config else "",
             "code": revision(),
             "dropped": sorted(self.dropped),
+            "passport": self.passport,
         }
         self.store.save(step, state, metadata, self.validation)
 
@@ -62,6 +65,7 @@ class Training:
         """(next step, state) of the newest intact checkpoint."""
         state, metadata = self.store.restore(self.program.state, self.batches.identity)
         self.dropped |= set(metadata["dropped"])
+        self.passport = metadata.get("passport", [])
         self._tell_what_changed(metadata)
         return metadata["next_step"], state
 
@@ -81,7 +85,9 @@ class Training:
         """The state of step 0, with another run's parameters where the experiment asks for them."""
         state = self.program.init()
         warm_start = self.experiment.warm_start
-        return state if warm_start is None else warm_start(state, self.program.state, self.log.say)
+        if warm_start is not None:
+            state, self.passport = warm_start(state, self.program.state, self.log.say)
+        return state
 
     def begin(self) -> tuple[int, dict]:
         """(next step, state): the newest checkpoint's, or step 0's where there is none."""
@@ -142,6 +148,8 @@ def _train(training: Training) -> None:
         state = training.initial() if restored is None else restored[1]
         step_function = compiling.result()
     log.start(program, training.batches, step_function, time.monotonic() - began)
+    if training.passport:
+        log.say(passport.line(training.passport))
     if restored is not None:
         log.say(f"resuming {training.run.path} after step {step}")
     for hook in experiment.hooks:

@@ -62,7 +62,7 @@ def abstract(params):
 
 def upcycled(seed, params, **knobs):
     state = {"params": params, "opt": np.zeros(2), "step": 0}
-    return Upcycle(source=str(seed[0]), **knobs)(state, {"params": abstract(params)}, [].append)
+    return Upcycle(source=str(seed[0]), **knobs)(state, {"params": abstract(params)}, [].append)[0]
 
 
 def test_selected_tokens_get_the_seeds_output_and_the_rest_nothing(seed):
@@ -86,7 +86,10 @@ def test_selected_tokens_get_the_seeds_output_and_the_rest_nothing(seed):
 def test_averaged_weights_can_be_the_seed_and_fill_the_average(seed):
     _, params = layer(seed=2, groups=(2, 3))
     state = {"params": params, "ema": params}
-    grown = Upcycle(source=str(seed[0]), tree="ema")(state, {"params": abstract(params)}, [].append)
+    grown, passport = Upcycle(source="not yet", tree="ema").from_run(seed[0])(
+        state, {"params": abstract(params)}, [].append
+    )
+    assert [(stamp["tool"], stamp["step"], stamp["tree"]) for stamp in passport] == [("Upcycle", 7, "ema")]
     assert np.all(np.asarray(grown["params"]["embed"]) == 2)
     jax.tree.map(np.testing.assert_array_equal, grown["params"], grown["ema"])
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.axes import Buffer
-from maxlike import checkpoint_tree
+from maxlike import checkpoint_tree, passport
 from maxlike.convert import families, transfer
 from maxlike.convert.pretrained import COMPANIONS, Pretrained, directory
 from maxlike.convert.structure import Structure, difference, of
@@ -59,6 +59,7 @@ def import_weights(experiment: Experiment, run_dir: pathlib.Path, *, source: str
             "config": experiment.config.operative if experiment.config else "",
             "code": revision(),
             "dropped": [],
+            "passport": passport.imported(where, family.architectures[0], revision()),
         }
         store.save(0, state, metadata)
         store.close()
