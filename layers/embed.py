@@ -25,6 +25,8 @@ class Embed(nnx.Module):
     Refuses a row longer than `positions`; a decoding position beyond them reads the last one, so the caller bounds it.
     """
 
+    tieable = True  # the table alone says what a token enters as, so a tied head may read it
+
     def __init__(
         self,
         vocab: int,
@@ -69,6 +71,10 @@ class Embed(nnx.Module):
                 )
             x_BTD = x_BTD + jnp.take(self.positions[...], ctx.positions_BT, axis=0, mode="clip")
         return x_BTD if self.norm is None else self.norm(x_BTD)
+
+    def flops_per_token(self) -> float:
+        """No matrix product: a lookup."""
+        return 0.0
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -145,6 +151,11 @@ class Head(nnx.Module):
         self.linear = None if tied else Linear((dim,), (vocab,), ("embed",), ("vocab",), std=std, rngs=rngs)
         self.bias = axes.param(rngs, (vocab,), ("vocab",), jax.nn.initializers.zeros) if bias else None
 
+    @property
+    def tied(self) -> bool:
+        """Whether W is the embedding's table."""
+        return self.linear is None
+
     def __call__(self, hidden_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
         weight_DV = table_VD.T if self.linear is None else self.linear.kernel[...]
         logits_BTV = jnp.matmul(hidden_BTD, weight_DV, preferred_element_type=jnp.float32)
@@ -188,9 +199,23 @@ class PredictionHead(nnx.Module):
         self.norm = norm(dim, rngs=rngs)
         self.head = head(vocab, dim, rngs=rngs)
 
+    @property
+    def tied(self) -> bool:
+        """Whether the logits' matrix is the embedding's table."""
+        return self.head.tied
+
     def __call__(self, hidden_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
         return self.head(self.norm(ACTIVATIONS[self.activation](self.dense(hidden_BTD))), table_VD)
 
     def flops_per_token(self, vocab: int) -> float:
         """Of `vocab` logits, padding not counted."""
         return self.dense.flops_per_token() + self.head.flops_per_token(vocab)
+
+
+def refuse_tied(embed: nnx.Module, head: nnx.Module) -> None:
+    """Raises ValueError for a tied head whose embedding's table is not all that a token enters by."""
+    if head.tied and not embed.tieable:
+        raise ValueError(
+            f"Head.tied=True shares the table of {type(embed).__name__}, whose projection the head would leave out: "
+            "set Head.tied = False"
+        )

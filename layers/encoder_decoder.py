@@ -12,7 +12,7 @@ from flax import nnx
 from layers import axes, taps
 from layers.block import RESIDUAL, WHOLE, Aux, Block
 from layers.context import Context, Source
-from layers.embed import Embed, Head
+from layers.embed import Embed, Head, refuse_tied
 from layers.language_model import Output, is_causal, mask_padding
 from layers.relative_attention import CrossAttention, RelativeAttention
 from layers.stack import Stack
@@ -66,6 +66,7 @@ class EncoderDecoder(nnx.Module):
         self.encoder_bias = None if bias is None else bias(bidirectional=True, rngs=rngs)
         self.decoder_bias = None if bias is None else bias(bidirectional=False, rngs=rngs)
         self.head = head(self.padded_vocab, dim, rngs=rngs)
+        refuse_tied(self.embed, self.head)
 
     @property
     def causal(self) -> bool:
@@ -142,7 +143,7 @@ class EncoderDecoder(nnx.Module):
         """Training FLOPs a target token, where the source has as many tokens as the target, `length`: three times the
         forward matrix products of both stacks and the head."""
         stacks = self.encoder.flops_per_token(length) + self.decoder.flops_per_token(length)
-        return 3.0 * (stacks + self.head.flops_per_token(self.vocab))
+        return 3.0 * (2 * self.embed.flops_per_token() + stacks + self.head.flops_per_token(self.vocab))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["model", "source"], meta_fields=[])

@@ -13,7 +13,7 @@ from layers import axes, taps
 from layers.attention import Attention
 from layers.block import RESIDUAL, WHOLE, Aux
 from layers.context import Context
-from layers.embed import Embed, Head
+from layers.embed import Embed, Head, refuse_tied
 from layers.relative_attention import RelativeAttention
 
 
@@ -76,6 +76,7 @@ class LanguageModel(nnx.Module):
         self.stack = stack(dim, rngs=rngs)
         self.norm = None if norm is None else norm(dim, rngs=rngs)
         self.head = head(self.padded_vocab, dim, rngs=rngs)
+        refuse_tied(self.embed, self.head)
         self.mtp = None if mtp is None else mtp(dim, rngs=rngs)
 
     @property
@@ -163,7 +164,7 @@ class LanguageModel(nnx.Module):
         attention counted by visible keys; the embedding lookup, norms, softmax and rematerialisation count nothing."""
         head = self.head.flops_per_token(self.vocab)
         ahead = 0.0 if self.mtp is None else self.mtp.flops_per_token(length, head)
-        return 3.0 * (self.stack.flops_per_token(length) + head + ahead)
+        return 3.0 * (self.embed.flops_per_token() + self.stack.flops_per_token(length) + head + ahead)
 
 
 def is_causal(network: Any) -> bool:

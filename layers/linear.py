@@ -54,8 +54,8 @@ class Linear(nnx.Module):
     view is D x HK.
 
     Knobs: bias, a learned offset of shape `outputs`, from zero; std, standard deviation of the initial weight, None for
-    1 / sqrt(fan in).
-    Refuses std <= 0.
+    1 / sqrt(fan in); init, an initialiser of the weight in place of that Gaussian, or None.
+    Refuses std <= 0, and std beside init.
     """
 
     def __init__(
@@ -67,15 +67,16 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
         std: float | None = None,
+        init: axes.Init | None = None,
         rngs: nnx.Rngs,
     ):
-        if std is not None and std <= 0:
-            raise ValueError(f"Linear.std={std} must be positive, or None for 1/sqrt(fan in)")
+        if std is not None and (std <= 0 or init is not None):
+            raise ValueError(f"Linear.std={std} must be positive, or None for 1/sqrt(fan in) or where there is an init")
         self.inputs, self.outputs = math.prod(inputs), math.prod(outputs)
         self.input_dims = len(inputs)
         self.input_name = next((INPUT_NAMES[axis] for axis in input_axes if axis in INPUT_NAMES), None)
         self.output_name = next((OUTPUT_NAMES[axis] for axis in output_axes if axis in OUTPUT_NAMES), None)
-        init = axes.normal(self.inputs**-0.5 if std is None else std)
+        init = init or axes.normal(self.inputs**-0.5 if std is None else std)
         self.kernel = axes.param(rngs, (*inputs, *outputs), (*input_axes, *output_axes), init)
         self.bias = axes.param(rngs, outputs, output_axes, jax.nn.initializers.zeros) if bias else None
         self.product = Product()

@@ -1,5 +1,6 @@
 """Normalisations over the last dimension; the reduction is in float32 whatever the input."""
 
+import copy
 from typing import Literal
 
 import jax
@@ -26,7 +27,7 @@ class RMSNorm(nnx.Module):
             raise ValueError(f"RMSNorm.eps={eps} must be positive, such as 1e-6")
         if gain not in ("channel", "scalar", "none"):
             raise ValueError(f"RMSNorm.gain={gain!r} must be 'channel', 'scalar' or 'none'")
-        self.eps = eps
+        self.dim, self.eps = dim, eps
         shape = {"channel": (dim,), "scalar": ()}
         self.gain = (
             axes.param(rngs, shape[gain], ("norm",)[: len(shape[gain])], jax.nn.initializers.ones)
@@ -40,6 +41,16 @@ class RMSNorm(nnx.Module):
         if self.gain is not None:
             y = y * self.gain[...].astype(jnp.float32)
         return y.astype(x.dtype)
+
+    def merged(self) -> "RMSNorm":
+        """The same norm with a gain for each channel in place of one for all (`layers.merging`): the form that other
+        libraries know."""
+        if self.gain is None or "norm" in self.gain.get_metadata("axes"):
+            return self
+        gain, norm = self.gain[...], copy.copy(self)
+        axes_of = (*self.gain.get_metadata("axes"), "norm")
+        norm.gain = self.gain.replace(jnp.broadcast_to(gain[..., None], (*gain.shape, self.dim)), axes=axes_of)
+        return norm
 
 
 class Identity(nnx.Module):

@@ -57,7 +57,7 @@ def measure(experiment: Experiment, repeats: int, steps: int) -> Result:
         read_seconds += [_seconds(read, params) for _ in range(3)]
     network = experiment.bare()
     stored = sum(leaf.size for leaf in jax.tree.leaves(params))
-    looked_up = 0 if network.head.linear is None else network.embed.table.size
+    looked_up = 0 if network.head.tied else network.embed.table.size
     needed = (active_parameters(network) - looked_up) / stored
     ratios = [step / (min(read_seconds) * needed) for step in step_seconds]
     cache = cache_size(experiment)

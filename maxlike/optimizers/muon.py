@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalised."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ class Muon:
     Raises UserError outside these ranges.
     """
 
+    takes: ClassVar[tuple[groups.Kind, ...]] = ("matrix",)
+
     def __init__(
         self,
         *,
@@ -61,7 +63,7 @@ class Muon:
         self.schedule, self.others = schedule, others
         self.momentum, self.nesterov = groups.fraction("Muon.momentum", momentum), nesterov
         self.ns_steps, self.ns_dtype, self.scale, self.stack_shards = ns_steps, ns_dtype, scale, stack_shards
-        self.rules = {"matrix": groups.Rule(groups.nonnegative("Muon.weight_decay", weight_decay))}
+        self.rules = dict.fromkeys(self.takes, groups.Rule(groups.nonnegative("Muon.weight_decay", weight_decay)))
 
     def __call__(self, axes: dict, clock: Clock) -> optax.GradientTransformation:
         labels, parts = self._split(axes)
@@ -76,7 +78,7 @@ class Muon:
         return groups.describe(parts["matrices"], "muon", self.rules) | self.others.describe(parts["others"])
 
     def _split(self, axes: dict) -> tuple[dict, dict[str, dict]]:
-        labels = jax.tree.map(lambda kind: "matrices" if kind == "matrix" else "others", groups.kinds(axes))
+        labels = jax.tree.map(lambda kind: "matrices" if kind in self.takes else "others", groups.kinds(axes))
         return labels, {label: groups.select(axes, labels, label) for label in ("matrices", "others")}
 
     def _direction(self, axes: dict) -> optax.GradientTransformation:
