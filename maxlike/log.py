@@ -41,6 +41,7 @@ class Log:
         self._rates: list[float] = []  # tokens/s of each step of this process
         self._samples: list[tuple[str, str]] = []
         self._validation: dict[str, float] = {}
+        self._measured: dict[str, float | list[float]] = {}
         self._began = time.monotonic()
 
     @functools.cached_property
@@ -154,6 +155,15 @@ class Log:
         bits = f", {metrics['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in metrics else ""
         self.say(f"step {step}: validation loss {metrics['loss']:.4f}{bits}")
 
+    def measured(self, step: int, values: dict[str, float | list[float]]) -> None:
+        """What tools found in the network after `step` updates: one line; a list has a number for each layer."""
+        self.flush()
+        self._measured = values
+        if self._writer is not None:
+            self._writer.write(step, "measured", values)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if not isinstance(value, list))
+        self.say(f"step {step}: measured {shown}")
+
     def samples(self, step: int, samples: list[tuple[str, str]]) -> None:
         """Generated text after `step` updates."""
         self.flush()
@@ -181,6 +191,7 @@ class Log:
             ("decoding cache", cache_words(self._cache)),
             ("time since the run was last started", duration(time.monotonic() - self._began)),
             *((f"validation {name}", f"{value:.4f}") for name, value in self._validation.items()),
+            *((f"measured {name}", f"{x:.4g}") for name, x in self._measured.items() if not isinstance(x, list)),
         ]
         write_report(self.run, title=name, facts=facts, samples=self._samples, commands=commands)
         self.say(f"report: {shown / 'report.html'}")

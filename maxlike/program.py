@@ -52,8 +52,8 @@ class Program:
         return RowOrder(self.experiment.bare(), self.layout)
 
     @contextlib.contextmanager
-    def _placed(self) -> Iterator[None]:
-        """What the program is traced in."""
+    def placed(self) -> Iterator[None]:
+        """What the program, and whatever else runs its network, is traced in."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(axes.place_with(self.layout))
             if self.layout.keys is not None:
@@ -80,7 +80,7 @@ class Program:
 
         def step(state: dict, batch: dict, allow: jax.Array) -> tuple[dict, dict]:
             updates = state["step"] - state["guard"]["skipped"]
-            with self._placed():
+            with self.placed():
                 state, metrics = experiment.step.update(
                     state,
                     batch,
@@ -141,7 +141,7 @@ class Program:
         step, objective = self.experiment.step, self.experiment.objective
 
         def evaluate(params: dict, buffers: dict, batch: dict) -> dict[str, Mean]:
-            with self._placed():
+            with self.placed():
                 return step.loss(params, buffers, batch, None, self.model, objective)[1]
 
         return jax.jit(evaluate, out_shardings=self.layout.replicated)

@@ -29,7 +29,7 @@ class MetricsWriter:
         self._file = self._path.open("ab", buffering=0)
         self._events = Events(run.events, say)
 
-    def write(self, step: int, split: Literal["train", "validation"], values: dict[str, Value]) -> None:
+    def write(self, step: int, split: Literal["train", "validation", "measured"], values: dict[str, Value]) -> None:
         """One line. Values are numbers, lists of them (one a layer), text or None; what is not finite is written as
         null (JSON has no NaN). TensorBoard gets one curve for each number of a list."""
         record = {"step": int(step), "split": split} | {name: _json_value(value) for name, value in values.items()}
