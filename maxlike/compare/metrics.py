@@ -53,6 +53,29 @@ def parse(metric: str) -> Name:
     return Name(kind, key)
 
 
+def quantity(key: str) -> str:
+    """A KEY for people, with its unit where it is known."""
+    whole, _, part = key.partition("/")
+    known = {"loss": ("loss", " (nats a token)"), "bits_per_byte": ("bits per byte", "")}
+    word, unit = known.get(whole, (whole.replace("_", " "), ""))
+    return f"{word}{f' of {part}' if part else ''}{unit}"
+
+
+def described(metric: str) -> str:
+    """What a metric is, for people."""
+    name = parse(metric)
+    what = quantity(name.key)
+    if name.kind == "train":
+        return f"train {what}, mean over {'all steps' if name.area else 'the last tenth of the steps'}"
+    words = {
+        "validation": f"validation {what}",
+        "measured": f"{what}, measured after the last step",
+        "eta": f"speed-up: FLOPs of the baseline over FLOPs to its final train {what}",
+        "spikes": f"train steps with a spike of {what}",
+    }
+    return words[name.kind]
+
+
 @dataclasses.dataclass(frozen=True)
 class Value:
     """A number that lies between two ends: the same, where it is known."""
@@ -62,7 +85,7 @@ class Value:
 
     @classmethod
     def of(cls, number: float) -> "Value":
-        return cls(number, number)
+        return cls(float(number), float(number))
 
     @property
     def known(self) -> bool:

@@ -30,7 +30,8 @@ class Judged:
     """What the runs say of a criterion.
 
     effect: what was tested, in words. values: of each seed, the ends between which it lies. boundary, side: where the
-    claim would have it. note: why it cannot be told, where that is not the spread; else empty.
+    claim would have it. log: whether values, boundary and interval are logarithms. note: why it cannot be told, where
+    that is not the spread; else empty.
     """
 
     sentence: str
@@ -39,6 +40,7 @@ class Judged:
     boundary: float
     values: dict[int, tuple[float, float]]
     decision: statistics.Decision
+    log: bool = False
     note: str = ""
 
     @property
@@ -112,8 +114,8 @@ class Ratio:
 
     def judge(self, values: Values) -> Judged:
         found = {seed: _log_ratio(a, b) for seed, (a, b) in _pairs(values, self).items()}
-        effect = f"log of {self.metric}: {self.arm} / {self.than}"
-        return _judged(self.sentence(), effect, "below", math.log(self.below), found)
+        effect = f"{self.metric}: {self.arm} / {self.than}"
+        return dataclasses.replace(_judged(self.sentence(), effect, "below", math.log(self.below), found), log=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,7 +224,7 @@ def _judged(
     lows, highs = [low for low, _ in found.values()], [high for _, high in found.values()]
     decision = statistics.decide(lows, highs, boundary, side)
     note = _note(lows + highs, len(found)) if decision.outcome == "cannot tell" else ""
-    return Judged(sentence, effect, side, boundary, dict(sorted(found.items())), decision, note)
+    return Judged(sentence, effect, side, boundary, dict(sorted(found.items())), decision, note=note)
 
 
 def _note(ends: Sequence[float], n: int) -> str:

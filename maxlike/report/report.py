@@ -1,30 +1,14 @@
 """report.html: everything about a run on one page that needs no other file and no network."""
 
-import base64
 import html
 from collections.abc import Sequence
 
 import numpy as np
 
 from maxlike.console import quantity
+from maxlike.report import page
 from maxlike.report.records import read, series
 from maxlike.run_dir import RunDirectory
-
-STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1.2rem; }
-h1 { font-size: 1.7rem; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .7rem; }
-table { border-collapse: collapse; } td { padding: .22rem 1.4rem .22rem 0; vertical-align: top; }
-td:first-child { color: #666; white-space: nowrap; }
-.numbers { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
-.number { border: 1px solid #ddd; border-radius: 6px; padding: .55rem 1rem; min-width: 8rem; }
-.number b { display: block; font-size: 1.45rem; font-variant-numeric: tabular-nums; } .number span { color: #666; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
-.curves img { width: 100%; height: auto; }
-pre { background: #f6f6f4; border-radius: 6px; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
-blockquote { margin: 0 0 1.2rem; padding: .1rem 0 .1rem 1rem; border-left: 3px solid #d1652b; white-space: pre-wrap;
-  overflow-wrap: anywhere; } blockquote b { color: #2f6fb5; }
-"""
 
 # What hooks draw, and what it shows.
 PICTURES = {
@@ -59,18 +43,14 @@ def write_report(
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         _numbers(final_numbers(records)),
-        _section("The run", _table(facts)),
-        _section("Commands", "".join(_command(what, line) for what, line in commands)),
-        _section("Curves", _images(images)),
-        _section("Samples", "".join(_sample(prompt, text) for prompt, text in samples)),
-        _section("Pictures", _pictures(run)),
-        _section("Configuration", f"<pre>{html.escape(config)}</pre>" if config else ""),
+        page.section("The run", page.table(facts)),
+        page.section("Commands", "".join(page.command(what, line) for what, line in commands)),
+        page.section("Curves", page.images(images)),
+        page.section("Samples", "".join(_sample(prompt, text) for prompt, text in samples)),
+        page.section("Pictures", _pictures(run)),
+        page.section("Configuration", f"<pre>{html.escape(config)}</pre>" if config else ""),
     ]
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    body = "\n".join(part for part in parts if part)
-    run.write_text(
-        "report.html", f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
-    )
+    run.write_text("report.html", page.document(title, parts))
 
 
 def final_numbers(records: list[dict]) -> list[tuple[str, str]]:
@@ -93,10 +73,6 @@ def final_numbers(records: list[dict]) -> list[tuple[str, str]]:
     return numbers
 
 
-def _section(name: str, content: str) -> str:
-    return f"<h2>{name}</h2>\n{content}" if content else ""
-
-
 def _numbers(numbers: Sequence[tuple[str, str]]) -> str:
     cells = (
         f'<div class="number"><b>{html.escape(x)}</b><span>{html.escape(name)}</span></div>' for name, x in numbers
@@ -104,24 +80,10 @@ def _numbers(numbers: Sequence[tuple[str, str]]) -> str:
     return f'<div class="numbers">{"".join(cells)}</div>' if numbers else ""
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    cells = (f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
-    return f"<table>{''.join(cells)}</table>" if rows else ""
-
-
-def _images(images: Sequence[tuple[str, bytes]]) -> str:
-    cells = (f'<img alt="{title}" src="data:image/png;base64,{base64.b64encode(x).decode()}">' for title, x in images)
-    return f'<div class="curves">{"".join(cells)}</div>' if images else ""
-
-
-def _command(what: str, line: str) -> str:
-    return f"<p>{html.escape(what)}</p><pre>{html.escape(line)}</pre>"
-
-
 def _pictures(run: RunDirectory) -> str:
     """The pictures that hooks left in the run."""
     there = [(title, run.file(name)) for name, title in PICTURES.items() if run.file(name).is_file()]
-    return "".join(f"<p>{title}</p>{_images([(title, path.read_bytes())])}" for title, path in there)
+    return "".join(f"<p>{title}</p>{page.images([(title, path.read_bytes())])}" for title, path in there)
 
 
 def _sample(prompt: str, text: str) -> str:
