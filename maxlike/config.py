@@ -195,6 +195,12 @@ def _check_kind(made: Noun, kind: type[Noun], job: Callable | None, name: str) -
             raise UserError(f"{taker} takes a file that binds {wanted.binds}, and {name} is {made.described()}")
 
 
+def bindings_of(operative: str) -> list[str]:
+    """The bindings of an operative configuration, without comments and imports, one a line."""
+    joined = re.sub(r"\\?\n +", " ", operative)
+    return [line for line in joined.splitlines() if " = " in line and not line.startswith("#")]
+
+
 def _flat(check: Check) -> str:
     """One gin text without includes: the imports, then the binding that counts for each key."""
     lines = ["from __gin__ import dynamic_registration", *check.imports, ""]

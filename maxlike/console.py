@@ -4,7 +4,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from rich.console import Console as Rich
 from rich.live import Live
@@ -39,14 +39,71 @@ class Start:
     sources: tuple[tuple[str, int, float | None], ...]
 
 
+class Screen(Protocol):
+    """Where a person looks while an experiment trains."""
+
+    def start(self, start: Start) -> None:
+        """The table of the start."""
+
+    def say(self, sentence: str) -> None:
+        """A sentence: a failure, a fallback, a sample."""
+
+    def update(self, step: int, values: Mapping[str, float | None]) -> None:
+        """The state of the run after `step` updates, see `Console.update`."""
+
+    def close(self) -> None:
+        """After the last word."""
+
+
+class LiveLine:
+    """One line that is kept up to date on a terminal, and printed now and then where there is none.
+
+    render: the line as it is now; called by a thread. file: where to print; None is stdout.
+    redraw: seconds between redraws on a terminal. plain: seconds between lines where the output is not a terminal,
+    which gets no control characters. clock: monotonic seconds. Methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        render: Callable[[], Text],
+        *,
+        file: TextIO | None = None,
+        redraw: float = 0.25,
+        plain: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.rich = Rich(file=file, highlight=False)
+        self._render, self._plain, self._clock = render, plain, clock
+        self._printed: float | None = None
+        self._live: Live | None = None
+        if self.rich.is_terminal:
+            self._live = Live(get_renderable=render, console=self.rich, refresh_per_second=1 / redraw)
+
+    def say(self, sentence: str) -> None:
+        """Prints a sentence above the line."""
+        self.rich.print(Text(sentence), soft_wrap=not self.rich.is_terminal)
+
+    def changed(self, *, last: bool = False) -> None:
+        """The line has changed; `last` prints it whatever the time."""
+        if self._live is not None:
+            self._live.start()  # does nothing once it has started
+            return
+        now = self._clock()
+        if self._printed is None or now - self._printed >= self._plain or last:
+            self._printed = now
+            self.rich.print(self._render(), soft_wrap=True)
+
+    def close(self) -> None:
+        """Leaves the last state of the line on the screen."""
+        if self._live is not None:
+            self._live.stop()
+
+
 class Console:
     """The terminal of one run, or a log file where there is no terminal.
 
-    steps: updates of the whole run, for the ETA. file: where to print; None is stdout.
-    redraw: seconds between redraws of the live line on a terminal, done by a thread, so that `update` costs a step a
-        few microseconds.
-    plain: seconds between lines where the output is not a terminal, which gets no control characters.
-    clock: monotonic seconds. Methods may be called from any thread.
+    steps: updates of the whole run, for the ETA. file, redraw, plain, clock: see `LiveLine`; `update` costs a step a
+    few microseconds.
     """
 
     def __init__(
@@ -58,16 +115,12 @@ class Console:
         plain: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._rich = Rich(file=file, highlight=False)
-        self._steps, self._plain, self._clock = steps, plain, clock
+        self._steps, self._clock = steps, clock
         self._step = 0
         self._values: dict[str, float | None] = {}
         self._began: tuple[float, int] | None = None  # time and step of the first update, for the ETA
-        self._printed: float | None = None
         self._lock = threading.Lock()
-        self._live: Live | None = None
-        if self._rich.is_terminal:
-            self._live = Live(get_renderable=self._line, console=self._rich, refresh_per_second=1 / redraw)
+        self._live = LiveLine(self._line, file=file, redraw=redraw, plain=plain, clock=clock)
 
     def __enter__(self) -> "Console":
         return self
@@ -77,11 +130,11 @@ class Console:
 
     def start(self, start: Start) -> None:
         """Prints the table of the start."""
-        self._rich.print(_start_table(start))
+        self._live.rich.print(_start_table(start))
 
     def say(self, sentence: str) -> None:
         """Prints a sentence above the live line: a failure, a fallback, a sample."""
-        self._rich.print(Text(sentence), soft_wrap=not self._rich.is_terminal)
+        self._live.say(sentence)
 
     def update(self, step: int, values: Mapping[str, float | None]) -> None:
         """Shows the state of the run after `step` updates.
@@ -95,16 +148,11 @@ class Console:
             self._values.update(values)
             if self._began is None or step < self._began[1]:
                 self._began = (now, step)
-        if self._live is not None:
-            self._live.start()  # does nothing once it has started
-        elif self._printed is None or now - self._printed >= self._plain or step == self._steps:
-            self._printed = now
-            self._rich.print(self._line(), soft_wrap=True)
+        self._live.changed(last=step == self._steps)
 
     def close(self) -> None:
         """Leaves the last state of the live line on the screen."""
-        if self._live is not None:
-            self._live.stop()
+        self._live.close()
 
     def _line(self) -> Text:
         with self._lock:

@@ -6,6 +6,10 @@ class UserError(ValueError):
     it without a traceback and exits with code 2. Anything else that escapes is our fault and keeps its traceback."""
 
 
+class Diverged(UserError):
+    """A training run whose loss went where no step brings it back: a comparison takes it for a result."""
+
+
 class Failed(Exception):
     """A job that ran to its end and whose answer is no: what it was asked to prove does not hold. The command line
     prints the sentence and exits with code 1."""

@@ -84,6 +84,16 @@ class Experiment(Noun):
     def described(self) -> str:
         return "an experiment"
 
+    def rerun(self, *, seed: int, warm_start: Callable | None) -> "Experiment":
+        """The same from another beginning. It shares every other object, so `Program.rerun` serves it, and its
+        operative configuration says what it is."""
+        config = self.config and self.config.with_value(Experiment, "seed", seed)
+        if config is not None and warm_start is not self.warm_start:
+            config = config.with_value(type(warm_start), "source", str(warm_start.source))
+        made = dataclasses.replace(self, seed=seed, warm_start=warm_start, config=config)
+        made._abstract = self._abstract
+        return made
+
     @property
     def clock(self) -> Clock:
         """What schedules convert durations with."""

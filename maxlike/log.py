@@ -12,7 +12,7 @@ import jax
 from layers import kernels
 from layers.active import active_parameters
 from maxlike.config import Configuration
-from maxlike.console import Console, Start, cache_words, duration, quantity
+from maxlike.console import Screen, Start, cache_words, duration, quantity
 from maxlike.data.data import Batches
 from maxlike.decode.cache_size import CacheSize, cache_size
 from maxlike.experiment import Experiment
@@ -27,13 +27,14 @@ class Log:
     """Reads the metrics of a step only when the next step has been dispatched, so the device never waits for it.
 
     Only process 0 writes; the others read their metrics too, because the guard's policy is every process's.
+    screen: where a person looks; it is closed with the log.
     """
 
-    def __init__(self, run: RunDirectory, experiment: Experiment):
+    def __init__(self, run: RunDirectory, experiment: Experiment, screen: Screen):
         self.run, self.experiment = run, experiment
         self._last: dict[str, Any] | None = None
         self._chief = jax.process_index() == 0
-        self._console = Console(steps=experiment.steps)
+        self._console = screen
         self._writer = MetricsWriter(run, say=self.say) if self._chief else None
         self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._read_at = 0.0

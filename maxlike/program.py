@@ -1,9 +1,10 @@
 """The compiled functions of an experiment on a mesh: initialise, step, evaluate."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ class Program:
     layout: Layout
     model: AbstractModel
     state: Any  # abstract train state, each leaf with its sharding
+    _steps: dict[tuple, jax.stages.Compiled] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, experiment: Experiment, layout: Layout) -> "Program":
@@ -41,6 +43,17 @@ class Program:
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, placed
         )
         return program
+
+    def rerun(self, experiment: Experiment) -> "Program":
+        """The same compiled functions for an experiment that begins elsewhere: another seed, warm start or name.
+        Raises ValueError where it differs in more."""
+        for field in dataclasses.fields(Experiment):
+            ours, theirs = (getattr(one, field.name) for one in (self.experiment, experiment))
+            if field.name not in ("seed", "warm_start", "config") and ours is not theirs:
+                raise ValueError(f"Program.rerun: the experiments differ in {field.name}: make a program of its own")
+        again = copy.copy(self)  # with all that was made on demand, which depends on none of the three
+        again.experiment = experiment
+        return again
 
     @functools.cached_property
     def optimizer(self):
@@ -66,11 +79,29 @@ class Program:
 
     def init(self) -> dict:
         """The state of step 0, each leaf made where it lies: without out_shardings the moments land on one device."""
+        return self._init(np.uint32(self.experiment.seed))
+
+    @functools.cached_property
+    def _init(self) -> Callable[[Any], dict]:
         # Random initialisers are slow to compile for a CPU and run once: unoptimised code is ready ten times sooner.
         on_cpu = self.layout.mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else None
-        make = jax.jit(self._make_state, out_shardings=self.shardings, compiler_options=options)
-        return make(jnp.asarray(self.experiment.seed, jnp.uint32))
+        return jax.jit(self._make_state, out_shardings=self.shardings, compiler_options=options)
+
+    def compiler(self, batch: dict[str, np.ndarray]) -> Callable[[], jax.stages.Compiled]:
+        """What gives the compiled step for batches like this one; it compiles at most once, and may in a thread. The
+        step is traced here, and `kernels.report` then tells of this program alone."""
+        key = tuple((name, batch[name].shape, str(batch[name].dtype)) for name in sorted(batch))
+        if key in self._steps:
+            return functools.partial(self._steps.get, key)
+        kernels.forget()
+        lowered = self.lower_step(batch)
+
+        def compile_step() -> jax.stages.Compiled:
+            self._steps[key] = lowered.compile()
+            return self._steps[key]
+
+        return compile_step
 
     def lower_step(self, batch: dict[str, np.ndarray]) -> jax.stages.Lowered:
         """`(state, batch, allow) -> (state, metrics)` for batches like this one, ready to compile.

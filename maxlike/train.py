@@ -3,24 +3,26 @@
 import concurrent.futures
 import dataclasses
 import pathlib
-import re
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from layers import kernels
 from maxlike import interrupt, passport
 from maxlike.checkpoint import Store
+from maxlike.config import bindings_of
+from maxlike.console import Console, Screen
 from maxlike.data.data import Batches
-from maxlike.errors import UserError
+from maxlike.errors import Diverged
 from maxlike.experiment import Experiment
 from maxlike.log import Log
 from maxlike.passport import Stamp
 from maxlike.program import Program
 from maxlike.revision import revision
 from maxlike.run_dir import RunDirectory
+from maxlike.sharding import Layout
 from maxlike.watchdog import Watch
 
 AGREE_EVERY = 10  # steps between the agreements of several processes on whether to stop
@@ -76,7 +78,7 @@ class Training:
             self.log.say(f"changed since the checkpoint of step {step}: the code was {code}, now {revision()}")
         if self.experiment.config is None or not metadata["config"]:
             return
-        then, now = (set(_bindings(text)) for text in (metadata["config"], self.experiment.config.operative))
+        then, now = (set(bindings_of(text)) for text in (metadata["config"], self.experiment.config.operative))
         for sign, lines in (("was", then - now), ("now", now - then)):
             for line in sorted(lines):
                 self.log.say(f"changed since the checkpoint of step {step}, {sign}: {line}")
@@ -94,23 +96,28 @@ class Training:
         return (0, self.initial()) if self.store.latest() is None else self.restore()
 
 
-def _bindings(text: str) -> list[str]:
-    """The bindings of an operative configuration, without comments and imports, one a line."""
-    joined = re.sub(r"\\?\n +", " ", text)
-    return [line for line in joined.splitlines() if " = " in line and not line.startswith("#")]
-
-
 def train(experiment: Experiment, run_dir: str | pathlib.Path) -> dict[str, float]:
     """Trains to `Experiment.steps`, resuming whatever the run directory holds; returns the last validation metrics.
 
     A request to stop (SIGTERM, Ctrl-C) saves a checkpoint after the current step and returns early; the same call then
     continues, and every later loss equals an uninterrupted run's bit for bit.
     """
+    return fit(experiment, run_dir, Console(steps=experiment.steps))
+
+
+def fit(
+    experiment: Experiment,
+    run_dir: str | pathlib.Path,
+    screen: Screen,
+    program_of: Callable[[Experiment, Layout], Program] = Program.of,
+) -> dict[str, float]:
+    """`train` with another screen than the terminal of one run, and with a program from elsewhere: of many runs, the
+    next may have the compiled functions of the last."""
     layout = experiment.mesh.open()
     mode = "own" if jax.process_index() == 0 else "join"
-    with RunDirectory(run_dir, mode=mode) as run, Log(run, experiment) as log:
+    with RunDirectory(run_dir, mode=mode) as run, Log(run, experiment, screen) as log:
         experiment.check_vocabulary()
-        program = Program.of(experiment, layout)
+        program = program_of(experiment, layout)
         batches = experiment.data.train(
             sequence_length=experiment.sequence_length,
             batch_size=experiment.batch_size,
@@ -140,11 +147,10 @@ def _train(training: Training) -> None:
         return
     if experiment.config is not None:
         log.config(experiment.config)
-    kernels.forget()
     began = time.monotonic()
-    lowered = program.lower_step(training.batches.batch(step))
+    compile_step = program.compiler(training.batches.batch(step))
     with concurrent.futures.ThreadPoolExecutor(1) as thread:  # XLA compiles the step while the state is made
-        compiling = thread.submit(lowered.compile)
+        compiling = thread.submit(compile_step)
         state = training.initial() if restored is None else restored[1]
         step_function = compiling.result()
     log.start(program, training.batches, step_function, time.monotonic() - began)
@@ -173,7 +179,7 @@ def _loop(training: Training, step_function: jax.stages.Compiled, step: int, sta
                 step, state = training.begin()
             rewinds, rewound_to = (rewinds + 1 if step == rewound_to else 1), step
             if rewinds > experiment.step.guard.patience:
-                raise UserError(f"{bad}; rewinding {rewinds - 1} times did not help: lower the learning rate") from None
+                raise Diverged(f"{bad}; rewinding {rewinds - 1} times did not help: lower the learning rate") from None
             # The same steps again would lead to the same place: their data are given up, as PaLM did at a spike.
             training.dropped |= set(range(step, bad.step))
             log.say(f"{bad}: going back to step {step}; the updates of steps {step + 1} to {bad.step} will be dropped")
@@ -260,9 +266,9 @@ def _judge(training: Training) -> None:
     if guard.on_bad == "rewind":
         raise Rewind(row["step"], sentence)
     if guard.on_bad == "stop":
-        raise UserError(f"{sentence}; look at it with `--job data --step {row['step'] - 1}`, or set Guard.on_bad")
+        raise Diverged(f"{sentence}; look at it with `--job data --step {row['step'] - 1}`, or set Guard.on_bad")
     training.log.say(f"{sentence}; its update was dropped")
     if row["bad_in_a_row"] >= guard.patience:
-        raise UserError(
+        raise Diverged(
             f"{sentence}; {row['bad_in_a_row']} bad steps in a row: lower the learning rate, or raise Guard.patience"
         )
