@@ -18,7 +18,7 @@ from layers.masked_attention import chunked_attention, masked_attention, visibil
 from layers.ring_attention import ring_attention
 
 IMPLEMENTATIONS = {
-    "attention": ("cudnn", "blocked", "chunked", "xla"),
+    "attention": ("cudnn", "splash", "blocked", "chunked", "xla"),
     "context_attention": ("ring", "gather"),
     "dual_chunk": ("whole", "chunked"),
     "layers": ("scan", "unrolled"),
@@ -119,6 +119,21 @@ def attention(
     implementation = take("attention", *picked)
     if implementation == "cudnn":
         return _cudnn(q_BTHK, k_BTGK, v_BTGK, segments_BT, scale=scale, causal=causal, window=window)
+    if implementation == "splash":
+        from layers.splash import splash_attention  # half a second that no other platform needs
+
+        return splash_attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            segments_BT,
+            sinks_H,
+            scale=scale,
+            causal=causal,
+            window=window,
+            soft_cap=soft_cap,
+            interpret=platform() != "tpu",
+        )
     if implementation in ("blocked", "chunked"):
         attend = blocked_attention if implementation == "blocked" else chunked_attention
         return attend(
@@ -163,7 +178,11 @@ def pick_attention(q_BTHK, window, soft_cap, segments_BT, sinks_H, prefix_BT=Non
         if reason is None:
             return "cudnn", "flash attention of cuDNN" + ("" if segments_BT is None else ", segments as a mask")
         return in_xla, reason
-    return in_xla, f"plain XLA: a flash kernel on {platform()} would have to know the mesh"
+    if T % 128:
+        return in_xla, f"the flash kernel takes rows of a multiple of 128 tokens, not {T}"
+    if prefix_BT is not None:
+        return in_xla, "the flash kernel has no prefix that all tokens see"
+    return "splash", "flash kernel, on each device's rows and heads"
 
 
 def _cudnn(q_BTHK, k_BTGK, v_BTGK, segments_BT, *, scale, causal, window):

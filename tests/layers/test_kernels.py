@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import kernels
+from layers import axes, kernels
+from maxlike.sharding import Mesh
 from tests.reference.attention import attention as naive
 
 # T is no multiple of a block of 64 queries, so blocks are ragged and windows cross them.
@@ -148,3 +149,39 @@ def test_every_pair_of_feature_values_is_covered():
         values = [{bool(c[k]) for c in COMBINATIONS} for k in (i, j)]
         pairs = {(bool(c[i]), bool(c[j])) for c in COMBINATIONS}
         assert pairs == set(itertools.product(*values)), f"columns {i} and {j} miss a pair"
+
+
+# The flash kernel for TPUs, run by the interpreter: rows of two blocks.
+SPLASH = [(4, 2, True, 130, 3.0, True, True), (2, 2, False, 17, None, False, False)]
+
+
+@pytest.mark.parametrize("combination", SPLASH, ids=lambda c: "-".join(map(str, c)))
+def test_the_flash_kernel_of_tpus_equals_its_definition(combination, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.T", 256)
+    monkeypatch.setattr(f"{__name__}.SEGMENTS", jnp.asarray([np.repeat([1, 2, 0], [100, 136, 20])] * B, jnp.int32))
+    with kernels.choose("attention", "splash"):
+        got = value_and_gradients(kernels.attention, combination)
+    expected = value_and_gradients(naive, combination)
+    for name, a, b in zip(("y", "dq", "dk", "dv", "dsinks"), got, expected):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-4, err_msg=name)
+
+
+def test_on_a_mesh_each_device_runs_the_flash_kernel_on_its_rows_and_heads():
+    q, k, v = (jax.random.normal(jax.random.key(i), (4, 128, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+    segments = jnp.repeat(jnp.arange(4), 32)[None].repeat(4, 0)
+
+    def gradients(*qkv):
+        attend = functools.partial(kernels.attention, scale=0.3, causal=True, segments_BT=segments)
+        return jax.grad(lambda *qkv: jnp.sum(jnp.sin(attend(*qkv))), argnums=(0, 1, 2))(*qkv)
+
+    with kernels.choose("attention", "splash"):
+        expected = jax.jit(gradients)(q, k, v)
+        layout = Mesh(
+            shape={"data": 4, "tensor": 2}, rules={"batch": "data", "length": None, "act_heads": "tensor"}
+        ).open()
+        with axes.place_with(layout):
+            sharding = jax.sharding.NamedSharding(layout.mesh, jax.P("data", None, "tensor"))
+            got = jax.jit(gradients)(*(jax.device_put(x, sharding) for x in (q, k, v)))
+    for a, b in zip(got, expected):
+        assert a.sharding.is_equivalent_to(sharding, 4)
+        np.testing.assert_allclose(a, b, atol=1e-5)
