@@ -31,6 +31,7 @@ setup(
         "safetensors>=0.5",
         "tokenizers>=0.21",
         "rich>=13",
+        "scipy>=1.13",
         "matplotlib>=3.9",
         "tensorboardX>=2.6",
     ],
