@@ -178,6 +178,7 @@ def with_quantizer(folder, name: str, *bindings: str) -> str:
     return str(folder / f"{name}.gin")
 
 
+@pytest.mark.large
 def test_a_plain_codebook_collapses_and_running_means_do_not(tmp_path):
     small = ["steps = 120", "width = 32", "experiment.Experiment.batch_size = 16"]
     used = {}

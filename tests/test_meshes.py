@@ -84,14 +84,14 @@ MESHES = {
         ("micro_batches = 2", "sharding.Mesh.shape = {'stage': 2, 'expert': 2, 'tensor': 2}"),
     ),
 }
-FAST = {("transformer", "hsdp_tp"), ("moe", "expert_tp"), ("transformer", "pipeline")}
+FAST = {("transformer", "hsdp_tp"): (), ("transformer", "pipeline"): (), ("moe", "expert_tp"): pytest.mark.large}
 # Two stages need two periods of the pattern, and four runs of layers four; routers of MoMa choose among the tokens of a
 # micro-batch, which are not those of the batch.
 UNLIKE = {("mamba_hybrid", mesh) for mesh in MESHES if "pipeline" in mesh}
 UNLIKE |= {("moma", mesh) for mesh in MESHES if "pipeline" in mesh}
 UNLIKE |= {(family, "pipeline_twice") for family in FAMILIES if family != "transformer"}
 ROWS = [
-    pytest.param(family, mesh, marks=() if (family, mesh) in FAST else pytest.mark.meshes)
+    pytest.param(family, mesh, marks=FAST.get((family, mesh), pytest.mark.meshes))
     for mesh in MESHES
     for family in FAMILIES
     if (family, mesh) not in UNLIKE

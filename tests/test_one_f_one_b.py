@@ -80,7 +80,9 @@ def sums(step, model, state, batch, layout=None, objective=None):
     [
         ("tied", {"stage": 4, "data": 2}, 16, 2, "float32"),  # M < S
         ("tied", {"stage": 2}, 12, 6, "bfloat16"),
-        ("untied, blocks outside", {"stage": 2, "fsdp": 2, "tensor": 2}, 12, 3, "float32"),  # M no multiple of S
+        pytest.param(  # M no multiple of S
+            "untied, blocks outside", {"stage": 2, "fsdp": 2, "tensor": 2}, 12, 3, "float32", marks=pytest.mark.large
+        ),
     ],
 )
 def test_it_is_the_sum_over_micro_batches(name, shape, B, M, dtype):

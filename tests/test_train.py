@@ -71,7 +71,7 @@ def test_training_again_does_nothing(straight, capsys):
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("workers", [0, 1, pytest.param(4, marks=pytest.mark.large)])
 def test_resumed_equals_straight(straight, tmp_path, workers):
     assert stopped_and_resumed(tmp_path, [3, 7], workers=workers) == tiny.losses(straight)
 

@@ -50,6 +50,7 @@ def the_disk_does_not_answer(until):
     assert until.wait(120.0), "the watchdog said nothing"
 
 
+@pytest.mark.large
 def test_a_stalled_source_is_recorded_and_training_goes_on(tmp_path, monkeypatch, capsys):
     experiment = tiny.load("sharding.Mesh.shape = {'data': 2}")
     experiment.watchdog = Watchdog(floor=0.5, first=100.0, beside=100.0)

@@ -15,6 +15,7 @@ def test_both_models_have_the_same_active_flops():
     assert flops["moe"] < 1.01 * flops["dense"]
 
 
+@pytest.mark.large
 def test_moe(tmp_path, monkeypatch):
     tiny_shape = {"DIM": 16, "DEPTH": 1, "HEADS": 2, "VOCAB": 64, "BATCH": 1, "LENGTH": 16, "WIDTH": 8}
     for name, value in (tiny_shape | {"SMALL": 1024, "LARGE": 4096}).items():

@@ -83,6 +83,7 @@ def test_any_start_and_the_random_access_agree(two):
                 same(batches.batch(step), whole[step])
 
 
+@pytest.mark.large
 def test_worker_processes_change_nothing_and_are_closed(two):
     transforms = (Reverse(0.5), add_field)
     batches = open_train(two, transforms=transforms)

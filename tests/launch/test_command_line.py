@@ -92,6 +92,7 @@ def test_the_flags_of_a_job_are_shown(here, capsys):
     assert "--step (default 0)" in capsys.readouterr().out
 
 
+@pytest.mark.large
 def test_killed_and_terminated_runs_go_on_bit_for_bit(tmp_path):
     bindings = tiny.flags("steps = 120", "checkpoint.Checkpoints.every = 20")
     arguments = ["--experiment", "quickstart", *bindings, "--run_dir"]

@@ -116,7 +116,7 @@ def rows(*pairs):
 
 
 MESHES = rows(
-    ("dropless", {"data": 2, "expert": 4}, "fast"),
+    ("dropless", {"data": 2, "expert": 4}),
     ("dropless", {"expert": 8}),
     ("dropless", {"fsdp": 2, "expert": 2, "tensor": 2}, "fast"),
     ("dropless", {"data": 4, "fsdp": 2}),

@@ -37,6 +37,7 @@ def plain():
     return train()
 
 
+@pytest.mark.large
 def test_bfloat16_moments_are_half_as_large_and_train_alike(plain):
     _, losses, state = train(overlays=("memory/bf16_moments",))
     assert {leaf.dtype for leaf in arrays(state)} == {jnp.dtype("bfloat16")}

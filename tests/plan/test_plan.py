@@ -179,6 +179,7 @@ def found(toy):
     return ranking.evaluate(toy, targets.find(None, "v5e", 8))
 
 
+@pytest.mark.large
 def test_search_ranks_what_fits_and_says_what_binds(toy, found):
     v5e = targets.find(None, "v5e", 8)
     best = min((made for made in found.values() if made.fits), key=lambda made: made.time.step)
@@ -197,6 +198,7 @@ def test_search_ranks_what_fits_and_says_what_binds(toy, found):
     assert {dict(key[0]).get("tensor", 1) for key in found} == {1, 2, 4, 8}
 
 
+@pytest.mark.large
 def test_nothing_fits_names_the_least_memory(toy, found):
     tiny = targets.Target(
         "toy", "tpu", 8, dataclasses.replace(targets.find(None, "v5e", 8).device, memory=1e6), None, (2, 4)
