@@ -44,13 +44,15 @@ class Program:
         )
         return program
 
+    def serves(self, experiment: Experiment) -> bool:
+        """Whether the experiment differs in its beginning alone (seed, warm start), as one made by Experiment.rerun."""
+        compared = [f.name for f in dataclasses.fields(Experiment) if f.name not in ("seed", "warm_start", "config")]
+        return all(getattr(self.experiment, name) is getattr(experiment, name) for name in compared)
+
     def rerun(self, experiment: Experiment) -> "Program":
-        """The same compiled functions for an experiment that begins elsewhere: another seed, warm start or name.
-        Raises ValueError where it differs in more."""
-        for field in dataclasses.fields(Experiment):
-            ours, theirs = (getattr(one, field.name) for one in (self.experiment, experiment))
-            if field.name not in ("seed", "warm_start", "config") and ours is not theirs:
-                raise ValueError(f"Program.rerun: the experiments differ in {field.name}: make a program of its own")
+        """The same compiled functions for an experiment that it serves. Raises ValueError for another."""
+        if not self.serves(experiment):
+            raise ValueError("Program.rerun: the experiments differ in more than their beginning")
         again = copy.copy(self)  # with all that was made on demand, which depends on none of the three
         again.experiment = experiment
         return again

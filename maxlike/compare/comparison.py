@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from maxlike.catalog import nearest
+from maxlike.compare import rules
 from maxlike.compare.matching import ActiveFlops
 from maxlike.errors import UserError
 from maxlike.noun import Noun
@@ -63,6 +64,7 @@ class Comparison(Noun):
         for knob, names in named.items():
             for name in names:
                 self._refuse_stranger(knob, name)
+        rules.check_arms(self.rule, tuple(self.experiments))
         for arm in self.after:
             if arm in self.ancestors(arm):
                 raise UserError(f"Comparison.after={self.after}: {arm} begins from itself; break the circle")
@@ -76,6 +78,16 @@ class Comparison(Noun):
     def matched(self) -> tuple[str, ...]:
         """Short names of the arms that must match, in the order of `arms`."""
         return tuple(arm for arm in self.experiments if arm not in self.unmatched)
+
+    @property
+    def overlays(self) -> tuple[str, ...]:
+        """Of every arm, from the command line."""
+        return () if self.config is None else self.config.overlays
+
+    @property
+    def bindings(self) -> tuple[str, ...]:
+        """Of every arm that has a use for them, from the command line."""
+        return () if self.config is None else self.config.bindings
 
     def ancestors(self, arm: str) -> tuple[str, ...]:
         """The arms that `arm` begins from, the nearest first; a circle is followed once."""
