@@ -13,6 +13,7 @@ from layers import kernels
 from layers.active import active_parameters
 from maxlike import catalog, config
 from maxlike.bench.timed import random_batch
+from maxlike.compare.comparison import Comparison
 from maxlike.program import Program
 from maxlike.sharding import flat_axes, path_names
 
@@ -69,11 +70,11 @@ TINY["published/ettin_17m"] = [
     "masked_tokens.MaskedTokens.special_ids = ()",
 ]
 CONTINUED = {"families/moma_routers"}  # it begins with a finished run
-TRAINED = [
-    name
-    for name in catalog.names("experiment")
-    if name in TINY or not (name.startswith("published/") or name in CONTINUED)
-]
+# Comparisons and sweeps name their job; the arms of papers are built by the tests of each paper.
+OWN_JOB = [name for name, path in catalog.names("experiment").items() if "\ninclude 'jobs/" in path.read_text()]
+COMPARISONS = [name for name in OWN_JOB if name.startswith("papers/")]
+PLAIN = [name for name in catalog.names("experiment") if name not in OWN_JOB and not name.startswith("papers/")]
+TRAINED = [name for name in PLAIN if name in TINY or not (name.startswith("published/") or name in CONTINUED)]
 MESH = {"published/moma_1_4b": "mesh/fsdp"}  # experts of the published width, 5461, do not divide over two devices
 SMALL = [
     "vocab = 2048",
@@ -111,7 +112,7 @@ def parameter_table(experiment) -> str:
     return "\n".join([*lines, f"{total:,} parameters"]) + "\n"
 
 
-@pytest.mark.parametrize("name", catalog.names("experiment"))
+@pytest.mark.parametrize("name", PLAIN)
 def test_parameter_table(name, request):
     experiment = config.load(name, overlays=[MESH.get(name, "mesh/fsdp_tp")])
     golden(f"{name}.params.txt", parameter_table(experiment), request.config.getoption("--update-goldens"))
@@ -174,10 +175,22 @@ def test_every_job_file_names_a_function(name):
     assert callable(config.load("quickstart", job=name).config.job)
 
 
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_names_arms_and_scales_that_are_there(name):
+    comparison = config.load(name, kind=Comparison)
+    assert comparison.config.job.__name__ == "compare"
+    assert comparison.rule
+    for arm in comparison.arms:
+        catalog.find("experiment", arm)
+    for overlay in comparison.scales.values():
+        catalog.find("overlay", overlay)
+
+
 SIZES = [name for name in catalog.names("overlay") if name.startswith("families/")]
+GENERAL = [name for name in catalog.names("overlay") if not name.startswith(("families/", "papers/"))]
 
 
-@pytest.mark.parametrize("name", [name for name in catalog.names("overlay") if name not in SIZES])
+@pytest.mark.parametrize("name", GENERAL)
 def test_every_overlay_goes_on_the_quickstart(name):
     config.load("quickstart", overlays=[name])
 
