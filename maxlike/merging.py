@@ -15,6 +15,7 @@ from layers import merging
 from layers.axes import Buffer
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
+from maxlike.measure import Values, measured
 from maxlike.program import Program
 
 
@@ -41,6 +42,21 @@ def weights(experiment: Experiment, params: dict, buffers: dict) -> tuple[dict, 
     return nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """A program, what became of it, and the compiled function that merges its (parameters, buffers)."""
+
+    source: Program
+    merged: Program
+    merge: Callable
+
+    @classmethod
+    def of(cls, source: Program) -> "_Made":
+        merged = Program.of(plain(source.experiment), source.layout)
+        shardings = merged.shardings["params"], merged.shardings["buffers"]
+        return cls(source, merged, jax.jit(functools.partial(weights, source.experiment), out_shardings=shardings))
+
+
 class Merged:
     """Lets tools measure the merged weights (`Measure.tools`): each is called as it would be without this one, with the
     experiment, program and state of the merged network. The state has no optimizer's part.
@@ -52,25 +68,21 @@ class Merged:
         if not tools:
             raise UserError("Merged.tools is empty: name at least one tool")
         self.tools = tuple(tools)
+        self._made: _Made | None = None
 
-    def __call__(self, experiment: Experiment, program: Program, state: dict) -> dict[str, float]:
-        merged = plain(experiment)
-        if merged is not experiment:
-            program, state = self._merge(experiment, merged, program, state)
-        values: dict[str, float] = {}
-        for tool in self.tools:
-            found = tool(merged, program, state)
-            if twice := sorted(values.keys() & found):
-                raise UserError(f"two of Merged.tools report {twice[0]!r}: drop one, or give them different knobs")
-            values |= found
-        return values
-
-    def _merge(self, experiment: Experiment, merged: Experiment, before: Program, state: dict) -> tuple[Program, dict]:
-        program = Program.of(merged, before.layout)
-        sharding = program.shardings
-        merge = jax.jit(functools.partial(weights, experiment), out_shardings=(sharding["params"], sharding["buffers"]))
-        kept = {name: state[name] for name in ("step", "seed", "guard")}
-        kept["params"], kept["buffers"] = merge(state["params"], state["buffers"])
+    def __call__(self, experiment: Experiment, program: Program, state: dict) -> Values:
+        if (
+            self._made is None
+            or self._made.source.layout is not program.layout
+            or not self._made.source.serves(experiment)
+        ):
+            self._made = _Made.of(program)
+        if self._made.merged.experiment.model is experiment.model:
+            return measured(self.tools, experiment, program, state)
+        merge, source = self._made.merge, state["buffers"]
+        merged = self._made.merged.experiment.rerun(seed=experiment.seed, warm_start=experiment.warm_start)
+        after = {name: state[name] for name in ("step", "seed", "guard")}
+        after["params"], after["buffers"] = merge(state["params"], source)
         if "ema" in state:
-            kept["ema"] = merge(state["ema"], state["buffers"])[0]
-        return program, kept
+            after["ema"] = merge(state["ema"], source)[0]
+        return measured(self.tools, merged, self._made.merged.rerun(merged), after)
