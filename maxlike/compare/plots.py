@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from maxlike.compare import metrics
 from maxlike.compare.metrics import Metrics
@@ -22,7 +22,7 @@ LINES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 MARKS = ("o", "s", "^")
 OUTCOMES = {"holds": "#0072B2", "does not hold": "#D55E00", "cannot tell": "#666666"}
 DRAWN = 400  # points of a curve
-SHOWN_FROM = 0.08  # of a run: what lies higher than the curves there is cut off, the first descent would flatten all
+SHOWN_FROM = 0.15  # of a run: what lies higher than the curves there is cut off, the first descent would flatten all
 GAPS_FROM = 0.3  # of a run: the axis of the gaps between curves fits what comes later
 LOG_FROM = 20.0  # a largest value so many times the smallest is drawn on a logarithmic axis
 
@@ -155,7 +155,7 @@ def points(measured: Metrics, metric: str) -> bytes | None:
         axes.axvline(np.mean(known[measured.baseline]), color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
     everything = [x for found in known.values() for x in found]
     if everything and min(everything) > 0 and max(everything) > LOG_FROM * min(everything):
-        axes.set_xscale("log")
+        _log_x(axes)
     if everything and np.ptp(everything) == 0:
         axes.set_xlim(everything[0] - 1, everything[0] + 1)
     axes.set_ylim(-0.6, len(values) - 0.4)
@@ -211,7 +211,7 @@ def draw_criterion(axes, one: dict[str, Any]) -> None:
     seeds = [x for value in one["values"].values() for x in (value if isinstance(value, list) else [value])]
     there = [x for x in (*seeds, one["mean"], boundary) if x is not None]
     if one["log"]:
-        axes.set_xscale("log")
+        _log_x(axes)
     to, back = (np.log, np.exp) if one["log"] else (np.asarray, np.asarray)
     # What is drawn: the boundary, every seed, and as much of the interval as does not dwarf them.
     first, last = to(min(there)), to(max(there))
@@ -235,7 +235,7 @@ def draw_criterion(axes, one: dict[str, Any]) -> None:
     axes.set_title(textwrap.fill(one["sentence"], 70), loc="left", fontsize=10, color=INK)
     axes.set_title(one["outcome"], loc="right", fontsize=10, color=colour, fontweight="bold")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(colors="#555555", labelsize=8)
+    axes.tick_params(colors="#555555", labelsize=8, which="both")
     if not one["log"]:
         axes.xaxis.set_major_locator(MaxNLocator(6))
 
@@ -245,7 +245,19 @@ def _dress(axes, grid: str = "both") -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
-    axes.tick_params(colors="#555555", labelsize=9)
+    axes.tick_params(colors="#555555", labelsize=9, which="both")
+
+
+def _log_x(axes) -> None:
+    """A logarithmic axis with ordinary numbers, between the powers of ten too where it spans few of them."""
+    axes.set_xscale("log")
+
+    def between(x: float, _: int) -> str:
+        low, high = axes.get_xlim()
+        return f"{x:g}" if high < 30 * low and f"{x:e}"[0] in "235" else ""
+
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(FuncFormatter(between))
 
 
 def _png(figure: Figure) -> bytes:

@@ -18,6 +18,7 @@ body { max-width: 70rem; }
 .verdict { border-left: 8px solid; border-radius: 4px; padding: .9rem 1.3rem; margin: 1.4rem 0; background: #f6f6f4; }
 .verdict b { display: block; font-size: 2.1rem; line-height: 1.2; }
 .curves { grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); }
+.single .curves { grid-template-columns: minmax(0, 54rem); }
 .wide { overflow-x: auto; } .wide table { font-size: .92rem; }
 .wide th { text-align: left; font-weight: 600; padding: .3rem 1.4rem .3rem 0; vertical-align: bottom; }
 .wide tr { border-bottom: 1px solid #e4e4e4; } .wide td { font-variant-numeric: tabular-nums; }
@@ -65,11 +66,7 @@ def text(content: dict[str, Any], pictures: dict[str, bytes]) -> str:
         f"{html.escape(content['verdict'])}</b>{html.escape(_why(content))}.</div>",
         page.section("The rule, written before the runs", _rule(content, pictures)),
         page.section("What was matched", _matched(content)),
-        page.section(
-            "Curves",
-            f"<p>{band} Below: less the baseline of the same seed.</p>"
-            + page.images([(key, png) for key, png in curves if png is not None]),
-        ),
+        page.section("Curves", f"<p>{band} Below: less the baseline of the same seed.</p>" + _single(curves)),
         page.section("Metrics by arm", _metrics(shown) + _table(content)),
         page.section("Runs that diverged", _diverged(content)),
         page.section("What would show that the claim is wrong", f"<p>{html.escape(content['falsified_by'])}</p>"),
@@ -77,6 +74,11 @@ def text(content: dict[str, Any], pictures: dict[str, bytes]) -> str:
         page.section("How it was run", _how(content)),
     ]
     return page.document(content["title"], parts, STYLE)
+
+
+def _single(titled: Sequence[tuple[str, bytes | None]]) -> str:
+    """Pictures one under the other."""
+    return f"<div class=single>{page.images([(title, png) for title, png in titled if png is not None])}</div>"
 
 
 def _why(content: dict[str, Any]) -> str:
@@ -102,7 +104,7 @@ def _rule(content: dict[str, Any], pictures: dict[str, bytes]) -> str:
                 "" if told else one["note"] or need,
             )
         )
-    picture = page.images([("the rule", pictures["rule"])])
+    picture = _single([("the rule", pictures["rule"])])
     return (
         "<p>The claim holds if all criteria do, and does not hold if one does not. Each is read from the 95 % t "
         "interval of the paired difference over seeds (of a ratio, on logarithms): it has to lie wholly on one side of "
@@ -150,8 +152,8 @@ def _table(content: dict[str, Any]) -> str:
         cells = []
         for metric in content["metrics"].values():
             entry = metric["arms"].get(arm)
-            below = "" if entry is None else difference(entry)
-            small = f"<small>{html.escape(below)}</small>" if below else ""
+            below = [] if entry is None else difference(entry)
+            small = "".join(f"<small>{html.escape(line)}</small>" for line in below)
             cells.append(f"<td>{'' if entry is None else html.escape(cell(entry))}{small}</td>")
         lines.append(f"<tr><td>{html.escape(arm)}</td>{''.join(cells)}</tr>")
     words = "<p>Mean over seeds; below it the paired difference from the baseline with its 95 % interval.</p>"

@@ -39,8 +39,6 @@ def _estimate(comparison: Comparison, name: str, overlay: str) -> dict[str, Any]
         plans = _fewest(name, arms, traced)
     except UserError as refused:
         return {"why": str(refused)}
-    if plans is None:
-        return {"why": f"no number of devices up to {COUNTS[-1]} holds every arm"}
     rows = {arm: _row(plan, arms[arm]) for arm, plan in plans.items()}
     dollars = [row["dollars"] for row in rows.values()]
     return {
@@ -52,10 +50,9 @@ def _estimate(comparison: Comparison, name: str, overlay: str) -> dict[str, Any]
     }
 
 
-def _fewest(name: str, arms: dict[str, Experiment], traced: dict[str, Trace]) -> dict[str, Plan] | None:
-    """A plan for each arm on the fewest devices that hold all of them. Raises UserError where no number fits a mesh."""
-    refused: UserError | None = None
-    fitted = False
+def _fewest(name: str, arms: dict[str, Experiment], traced: dict[str, Trace]) -> dict[str, Plan]:
+    """A plan for each arm on the fewest devices that hold all of them. Raises UserError where no number does."""
+    small = refused = None
     for count in COUNTS:
         target = targets.find(None, name, count)
         plans = {}
@@ -63,17 +60,13 @@ def _fewest(name: str, arms: dict[str, Experiment], traced: dict[str, Trace]) ->
             for arm, experiment in arms.items():
                 plans[arm] = analytic(experiment, target, traced[arm])
                 if not plans[arm].fits:
+                    small = f"{arm} does not fit on {count} x {name}, and its mesh takes no more"
                     break
             else:
                 return plans
-            fitted = True
         except UserError as error:
             refused = refused or error
-            if fitted:  # a mesh that held fewer devices and does not hold so many
-                return None
-    if refused is not None and not fitted:
-        raise refused
-    return None
+    raise UserError(small) if small else refused
 
 
 def _row(plan: Plan, experiment: Experiment) -> dict[str, Any]:

@@ -32,14 +32,12 @@ def cell(entry: dict[str, Any]) -> str:
     return f"diverged in {diverged} of {len(values)}" if diverged else "unknown"
 
 
-def difference(entry: dict[str, Any]) -> str:
-    """The paired difference from the baseline with its interval; empty where there is none."""
+def difference(entry: dict[str, Any]) -> list[str]:
+    """The paired difference from the baseline, then its interval; nothing where there is none."""
     if "difference" not in entry:
-        return ""
+        return []
     mean, (low, high) = entry["difference"]["mean"], entry["difference"]["interval"]
-    if low is None or high is None:
-        return _signed(mean)
-    return f"{_signed(mean)} ({_signed(low)} to {_signed(high)})"
+    return [_signed(mean)] + ([] if low is None or high is None else [f"{_signed(low)} to {_signed(high)}"])
 
 
 def _signed(x: float) -> str:
@@ -57,8 +55,10 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
         outcome = Text(one["outcome"], style=OUTCOME_STYLES[one["outcome"]])
         rule.add_row(one["sentence"], outcome, mean, f"{low} to {high}", f"{one['side']} {number(one['boundary'])}")
     console.print(rule)
-    heads = (metric.replace("/", "/\n") for metric in content["metrics"])
-    table = Table("arm", *heads, box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("arm", no_wrap=True)
+    for metric in content["metrics"]:
+        table.add_column(metric.replace("/", "/\n"), overflow="fold")
     for arm in content["arms"]:
         entries = (metric["arms"].get(arm) for metric in content["metrics"].values())
         table.add_row(arm, *("" if entry is None else cell(entry) for entry in entries))

@@ -46,15 +46,26 @@ def conclude(
     """
     from maxlike.compare import report  # matplotlib takes half a second: not before it is needed
 
+    verdict = judge(comparison, finished, matched)
+    verdict.content["scales"] = at_scales(comparison)
+    write_text(pathlib.Path(run_dir) / "verdict.json", dumps(verdict.content))
+    report.write(pathlib.Path(run_dir), verdict.content, metrics_of(comparison, finished))
+    return verdict
+
+
+def judge(comparison: Comparison, finished: Sequence[Finished], matched: Matched | None = None) -> Verdict:
+    """The verdict without its files, and without what the plan says of the paper's scale."""
     rules.check_arms(comparison.rule, tuple(comparison.experiments))
-    measured = Metrics(runs_of(comparison, finished), baseline=comparison.baseline)
+    measured = metrics_of(comparison, finished)
     refuse_unwritten(comparison, measured)
     judged = tuple(criterion.judge(measured.values) for criterion in comparison.rule)
     content = _content(comparison, finished, measured, judged, matched)
-    content["scales"] = at_scales(comparison)
-    write_text(pathlib.Path(run_dir) / "verdict.json", dumps(content))
-    report.write(pathlib.Path(run_dir), content, measured)
     return Verdict(content["verdict"], content["sentence"], judged, content)
+
+
+def metrics_of(comparison: Comparison, finished: Sequence[Finished]) -> Metrics:
+    """What the runs wrote, by name."""
+    return Metrics(runs_of(comparison, finished), baseline=comparison.baseline)
 
 
 def dumps(content: dict[str, Any]) -> str:
@@ -130,6 +141,7 @@ def _content(
         "arms": {arm: _arm(arm, comparison, finished, measured) for arm in measured.arms},
         "seeds": seeds,
         "command": command(comparison, len(seeds)),
+        "scales": {},
         "device": f"{len(jax.devices())} x {device.device_kind}",
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "revision": revision(),

@@ -1,13 +1,17 @@
 """A comparison whose runs were never trained: metrics.jsonl files with losses that are known."""
 
+import atexit
 import dataclasses
 import functools
 import json
 import math
 import pathlib
+import shutil
+import tempfile
 
 import numpy as np
 
+from maxlike.compare import verdict
 from maxlike.compare.comparison import Comparison
 from maxlike.compare.matching import Matched
 from maxlike.compare.rules import Above, Lower, Ratio
@@ -22,16 +26,21 @@ def experiment():
     return tiny.load()
 
 
+def finite(x: float) -> float | None:
+    """As the writer of metrics does."""
+    return x if math.isfinite(x) else None
+
+
 def write(directory: pathlib.Path, losses, *, kurtosis: float | None = None, tokens_per_step: int = 256) -> None:
     """A run directory with these training losses, a validation at its end, and a measured kurtosis."""
     directory.mkdir(parents=True, exist_ok=True)
     losses = [float(x) for x in losses]
     lines = [
-        {"step": i + 1, "split": "train", "loss": x if math.isfinite(x) else None, "loss/image": 2 * x + 1,
+        {"step": i + 1, "split": "train", "loss": finite(x), "loss/image": finite(2 * x + 1),
          "tokens": (i + 1) * tokens_per_step, "tokens_per_second": 1000.0, "load": [0.25, 0.75]}
         for i, x in enumerate(losses)
     ]  # fmt: skip
-    lines.append({"step": len(losses), "split": "validation", "loss": losses[-1] + 0.1, "bits_per_byte": 1.5})
+    lines.append({"step": len(losses), "split": "validation", "loss": finite(losses[-1] + 0.1), "bits_per_byte": 1.5})
     if kurtosis is not None:
         lines.append({"step": len(losses), "split": "measured", "kurtosis": kurtosis})
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
@@ -88,3 +97,14 @@ def comparison(**changes) -> Comparison:
 
 
 BETTER = {"dense": 0.0, "sparse": 0.3, "twin": 0.0}
+
+
+@functools.cache
+def concluded():
+    """(run directory, comparison, runs, verdict) of an arm that is better and one that is the baseline again, of which
+    one run diverged; made once, pictures take seconds."""
+    root = pathlib.Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, root)
+    against = comparison()
+    runs = finished(against, root, BETTER, diverged={("twin", 1)})
+    return root, against, runs, verdict.conclude(against, runs, root, matched(against))
