@@ -21,6 +21,7 @@ class QuantizedLoss:
     weights, activations, cache: bits, 2, 3, 4, 6, 8 or 16. method: "rtn", "had" (with a Hadamard rotation at each
         feed-forward's down projection), "gptq", "quarot", ...: see Recipe.
     batches: of the validation split, >= 1. rows: of the training split that GPTQ collects Hessians over.
+    hadamard_blocks: where the feed-forward's width has no Hadamard matrix, rotate blocks of it.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class QuantizedLoss:
         method: Method = "rtn",
         batches: int = 4,
         rows: int = 32,
+        hadamard_blocks: bool = False,
     ):
         if batches < 1:
             raise UserError(f"QuantizedLoss.batches={batches} must be at least 1 batch of the validation split")
-        self.recipe = Recipe(weights=weights, activations=activations, cache=cache, method=method)
+        bits = {"weights": weights, "activations": activations, "cache": cache}
+        self.recipe = Recipe(**bits, method=method, hadamard_blocks=hadamard_blocks)
         self.batches, self.rows = batches, rows
         self._evaluator: Evaluator | None = None
 
