@@ -165,7 +165,41 @@ class Below:
         return _judged(self.sentence(), f"{self.metric} of {self.arm}", "below", self.value, found)
 
 
-Criterion = Lower | Ratio | Above | Below
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GainsMore:
+    """The claim that `arm` gains more over `than` on `metric` than on `other`, two metrics of one unit that are better
+    when lower: metric(than) - metric(arm) > other(than) - other(arm). Refuses what Lower refuses, and one metric twice.
+    """
+
+    metric: str
+    other: str
+    arm: str
+    than: str
+
+    def __post_init__(self):
+        _check_pair("GainsMore", self.metric, self.arm, self.than)
+        metrics.parse(self.other)
+        if self.metric == self.other:
+            raise UserError(f"GainsMore.metric and GainsMore.other are both {self.metric!r}: name two metrics")
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return self.arm, self.than
+
+    def sentence(self) -> str:
+        return f"{self.arm} gains more over {self.than} on {self.metric} than on {self.other}"
+
+    def judge(self, values: Values) -> Judged:
+        ours, theirs = _pairs(values, self), _pairs(values, self, self.other)
+        found = {}
+        for seed in sorted(ours.keys() & theirs.keys()):
+            (low, high), (other_low, other_high) = _difference(*ours[seed]), _difference(*theirs[seed])
+            found[seed] = low - other_high, high - other_low
+        effect = f"{self.metric}: {self.arm} - {self.than}, less the same of {self.other}"
+        return _judged(self.sentence(), effect, "below", 0.0, found)
+
+
+Criterion = Lower | Ratio | Above | Below | GainsMore
 
 
 def check_arms(rule: Sequence[Criterion], arms: Sequence[str]) -> None:
@@ -191,8 +225,10 @@ def _check_single(owner: str, metric: str, value: float) -> None:
         raise UserError(f"{owner}.value={value}: it must be a finite number")
 
 
-def _pairs(values: Values, criterion: Lower | Ratio) -> dict[int, tuple[Value, Value]]:
-    ours, theirs = values(criterion.metric, criterion.arm), values(criterion.metric, criterion.than)
+def _pairs(values: Values, criterion: Criterion, metric: str | None = None) -> dict[int, tuple[Value, Value]]:
+    """Of criterion.metric, or another."""
+    arm, than = criterion.arms
+    ours, theirs = (values(criterion.metric if metric is None else metric, name) for name in (arm, than))
     return {seed: (ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
 
 

@@ -5,7 +5,7 @@ import pytest
 from maxlike import config
 from maxlike.compare.comparison import Comparison
 from maxlike.compare.metrics import Value
-from maxlike.compare.rules import Above, Below, Lower, Ratio, check_arms
+from maxlike.compare.rules import Above, Below, GainsMore, Lower, Ratio, check_arms
 from maxlike.errors import UserError
 
 
@@ -159,3 +159,31 @@ size/rules.Ratio.below = 0.5
     path.write_text(path.read_text().replace("'train/loss'", "'loss'"))
     with pytest.raises(UserError, match="'loss' is no metric of a comparison"):
         config.load(str(path), kind=Comparison)
+
+
+def test_a_gain_on_one_metric_is_compared_with_that_on_another():
+    table = {
+        ("train/loss/image", "a"): [2.0, 2.2, 2.1],
+        ("train/loss/image", "b"): [2.3, 2.52, 2.39],
+        ("train/loss/text", "a"): [1.5, 1.7, 1.6],
+        ("train/loss/text", "b"): [1.6, 1.79, 1.71],
+    }
+
+    def values(metric, arm):
+        return {seed: Value.of(x) for seed, x in enumerate(table[metric, arm])}
+
+    more = GainsMore(metric="train/loss/image", other="train/loss/text", arm="a", than="b")
+    assert more.judge(values).outcome == "holds"
+    assert more.judge(values).values == {
+        0: pytest.approx((-0.2,) * 2),
+        1: pytest.approx((-0.23,) * 2),
+        2: pytest.approx((-0.18,) * 2),
+    }
+    less = GainsMore(metric="train/loss/text", other="train/loss/image", arm="a", than="b")
+    assert less.judge(values).outcome == "does not hold"
+    assert (
+        GainsMore(metric="train/loss/text", other="train/loss/image", arm="b", than="a").judge(values).outcome
+        == "holds"
+    )
+    with pytest.raises(UserError, match="name two metrics"):
+        GainsMore(metric="train/loss", other="train/loss", arm="a", than="b")

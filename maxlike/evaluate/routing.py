@@ -1,0 +1,140 @@
+"""The held-out loss of a network as it would decode, whatever routing it trains with."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.mixture_of_depths import MixtureOfDepths
+from layers.modality_moe import ModalityMoE
+from maxlike.errors import UserError
+from maxlike.experiment import Experiment
+from maxlike.objectives.auxiliary_routers import AuxiliaryRouters
+from maxlike.program import Program
+
+Part = TypeVar("Part", bound=nnx.Module)
+
+
+class CausalLoss:
+    """Loss on the validation split with every choice made from a token alone; a tool of `measure.Measure`.
+
+    Routing by the best tokens of a batch sees tokens to come, so its loss is too good for a decoder; auxiliary routers
+    stand in for it (MoMa, arXiv 2407.21770, section 2.5). Choices that training would drop for want of room
+    (ModalityMoE.capacity_bound) are made here.
+
+    Values: causal_loss (nats a token), causal_loss/MODALITY where the objective names modalities; of a network with
+    auxiliary routers also top_k_loss, routed as in training, causal_excess = causal_loss / top_k_loss - 1, and
+    random_excess, the same where auxiliary routers choose as often but by lot.
+
+    Knobs: seed of the lots, >= 0. Refuses a network that chooses among tokens and has no auxiliary routers.
+    """
+
+    def __init__(self, *, seed: int = 0):
+        if seed < 0:
+            raise UserError(f"CausalLoss.seed={seed} must not be negative")
+        self.seed = seed
+
+    def __call__(self, experiment: Experiment, program: Program, state: dict) -> dict[str, float]:
+        objective, network = experiment.objective, experiment.bare()
+        if isinstance(objective, AuxiliaryRouters):
+            objective = objective.next_token
+        _refuse_without_auxiliary(network)
+        batches = experiment.open_validation()
+
+        def held_out(route: Callable[[Any], None]) -> dict[str, float]:
+            routed = dataclasses.replace(experiment, objective=_Routed(objective, route))
+            return dataclasses.replace(program, experiment=routed).evaluate(state, batches)
+
+        causal = held_out(as_decoded)
+        found = {f"causal_{name}": value for name, value in causal.items() if name.partition("/")[0] == "loss"}
+        if not _has_auxiliary(network):
+            return found
+        top_k = held_out(as_trained)["loss"]
+        by_lot = held_out(lambda model: by_chance(model, self.seed))["loss"]
+        return found | {
+            "top_k_loss": top_k,
+            "causal_excess": causal["loss"] / top_k - 1,
+            "random_excess": by_lot / top_k - 1,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Routed:
+    """An objective whose model is routed anew before it is called."""
+
+    objective: Callable
+    route: Callable[[Any], None]
+
+    def __call__(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None):
+        self.route(model)  # the model is this call's own, merged from its parameters
+        return self.objective(model, batch, key)
+
+
+class Lots(nnx.Module):
+    """Stands where an auxiliary router stands and draws lots: positive for the share `share` of its choices, which
+    depend on `seed` and the whole input."""
+
+    def __init__(self, share: float, outputs: int | None, seed: int):
+        self.share, self.outputs, self.seed = share, outputs, seed
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[:-1] if self.outputs is None else (*x.shape[:-1], self.outputs)
+        number = jax.lax.bitcast_convert_type(jnp.sum(x, dtype=jnp.float32), jnp.uint32)
+        key = jax.random.fold_in(jax.random.key(self.seed), number)
+        return jnp.where(jax.random.bernoulli(key, self.share, shape), 1.0, -1.0)
+
+
+def as_decoded(model: Any) -> None:
+    """Evaluates by auxiliary routers where there are some."""
+    for layer in _parts(model, ModalityMoE):
+        layer.evaluation = "auxiliary" if any(group.count > 1 for group in layer.groups) else "top_k"
+    for layer in _parts(model, MixtureOfDepths):
+        layer.evaluation = "auxiliary"
+    _make_room(model)
+
+
+def as_trained(model: Any) -> None:
+    """Evaluates by the best tokens of each routing scope."""
+    for layer in (*_parts(model, ModalityMoE), *_parts(model, MixtureOfDepths)):
+        layer.evaluation = "top_k"
+    _make_room(model)
+
+
+def by_chance(model: Any, seed: int) -> None:
+    """As decoded, with lots for auxiliary routers."""
+    as_decoded(model)
+    for layer in _parts(model, ModalityMoE):
+        for group in layer.groups:
+            if group.count > 1:
+                group.auxiliary = Lots(group.share, group.count, seed)
+    for layer in _parts(model, MixtureOfDepths):
+        layer.auxiliary = Lots(layer.capacity, None, seed)
+
+
+def _make_room(model: Any) -> None:
+    for layer in _parts(model, ModalityMoE):
+        for group in layer.groups:
+            group.bound = 1.0
+
+
+def _parts(model: Any, kind: type[Part]) -> Iterator[Part]:
+    """Modules of a kind, at any depth."""
+    leaves = jax.tree.leaves(model, is_leaf=lambda part: isinstance(part, kind))
+    return (part for part in leaves if isinstance(part, kind))
+
+
+def _has_auxiliary(network: Any) -> bool:
+    depths = any(layer.auxiliary is not None for layer in _parts(network, MixtureOfDepths))
+    return depths or any(group.auxiliary is not None for moe in _parts(network, ModalityMoE) for group in moe.groups)
+
+
+def _refuse_without_auxiliary(network: Any) -> None:
+    for layer in _parts(network, ModalityMoE):
+        if not layer.causal:
+            raise UserError("CausalLoss: ModalityMoE.auxiliary is None, so the network has no causal loss; bind it")
+    for layer in _parts(network, MixtureOfDepths):
+        if layer.auxiliary is None:
+            raise UserError("CausalLoss: MixtureOfDepths.auxiliary is None, so the network has no causal loss; bind it")
