@@ -72,7 +72,7 @@ class Comparison(Noun):
     @property
     def experiments(self) -> dict[str, str]:
         """Short name -> experiment, in the order of `arms`."""
-        return {name.rpartition("/")[2]: name for name in self.arms}
+        return {name.removesuffix(".gin").rpartition("/")[2]: name for name in self.arms}
 
     @property
     def matched(self) -> tuple[str, ...]:
