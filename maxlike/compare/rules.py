@@ -48,8 +48,19 @@ class Judged:
         return self.decision.outcome
 
 
+class Criterion:
+    """What all criteria have beside `arms`, `sentence()` and `judge(values)`."""
+
+    metric: str
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The metrics that it is decided by."""
+        return (self.metric,)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lower:
+class Lower(Criterion):
     """The claim metric(arm) <= metric(than) - by.
 
     by: in the metric's unit, or with `relative` a share of metric(than), below 1. A negative one says "not worse than
@@ -91,7 +102,7 @@ class Lower:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ratio:
+class Ratio(Criterion):
     """The claim metric(arm) / metric(than) < below, tested on logarithms: of quantities that are positive and differ by
     factors, such as kurtosis. below: above 0. Refuses what Lower refuses."""
 
@@ -119,7 +130,7 @@ class Ratio:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Above:
+class Above(Criterion):
     """The claim metric(arm) > value. A run that diverged counts as infinitely far below. Refuses a metric of unknown
     kind and a value that is not finite."""
 
@@ -143,7 +154,7 @@ class Above:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Below:
+class Below(Criterion):
     """The claim metric(arm) < value. Refuses a metric of unknown kind and a value that is not finite."""
 
     metric: str
@@ -166,7 +177,7 @@ class Below:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GainsMore:
+class GainsMore(Criterion):
     """The claim that `arm` gains more over `than` on `metric` than on `other`, two metrics of one unit that are better
     when lower: metric(than) - metric(arm) > other(than) - other(arm). Refuses what Lower refuses, and one metric twice.
     """
@@ -183,6 +194,10 @@ class GainsMore:
             raise UserError(f"GainsMore.metric and GainsMore.other are both {self.metric!r}: name two metrics")
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        return self.metric, self.other
+
+    @property
     def arms(self) -> tuple[str, ...]:
         return self.arm, self.than
 
@@ -197,9 +212,6 @@ class GainsMore:
             found[seed] = low - other_high, high - other_low
         effect = f"{self.metric}: {self.arm} - {self.than}, less the same of {self.other}"
         return _judged(self.sentence(), effect, "below", 0.0, found)
-
-
-Criterion = Lower | Ratio | Above | Below | GainsMore
 
 
 def check_arms(rule: Sequence[Criterion], arms: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
 """What a comparison's runs say: verdict.json, the pictures, report.html."""
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -13,14 +12,13 @@ from typing import Any
 
 import jax
 
-from maxlike.compare import metrics, rules, statistics
+from maxlike.compare import metrics, records, rules, statistics
 from maxlike.compare.comparison import Comparison
 from maxlike.compare.matching import Matched
 from maxlike.compare.metrics import Metrics, Run, Value
 from maxlike.compare.runs import Finished
 from maxlike.compare.scale import at_scales
 from maxlike.manifest import write_text
-from maxlike.revision import revision
 
 SCHEMA = 1
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -99,14 +97,16 @@ def arm_of(one: Finished) -> str:
 
 def shown_metrics(comparison: Comparison) -> tuple[str, ...]:
     """Names of all metrics that the table and the plots show: the rule's, then the further ones."""
-    return tuple(dict.fromkeys([criterion.metric for criterion in comparison.rule] + list(comparison.metrics)))
+    of_rule = [metric for criterion in comparison.rule for metric in criterion.reads]
+    return tuple(dict.fromkeys([*of_rule, *comparison.metrics]))
 
 
 def refuse_unwritten(comparison: Comparison, measured: Metrics) -> None:
     """Raises UserError where the rule names a metric that one of its arms did not write, or `metrics` one of nobody."""
     for criterion in comparison.rule:
         by = f"the rule '{criterion.sentence()}'"
-        measured.refuse_unwritten(criterion.metric, [arm for arm in criterion.arms if arm in measured.arms], by)
+        for metric in criterion.reads:
+            measured.refuse_unwritten(metric, [arm for arm in criterion.arms if arm in measured.arms], by)
     for metric in comparison.metrics:
         measured.refuse_unwritten(metric)
 
@@ -121,7 +121,8 @@ def _content(
     outcome = statistics.together([one.outcome for one in judged])
     name = "" if comparison.config is None else comparison.config.name
     seeds = sorted({run.seed for run in measured.runs.values()})
-    device = jax.devices()[0]
+    ended = [_record(one) for one in finished]
+    devices = {f"{record['devices']} x {record['device_kind']}" for record in ended}
     return {
         "schema": SCHEMA,
         "experiment": name,
@@ -132,7 +133,7 @@ def _content(
         "verdict": outcome,
         "sentence": sentence(outcome, judged, len(seeds)),
         "rule": [
-            _criterion(criterion, one) | {"metric": criterion.metric, "arms": list(criterion.arms)}
+            _criterion(criterion, one) | {"metrics": list(criterion.reads), "arms": list(criterion.arms)}
             for criterion, one in zip(comparison.rule, judged, strict=True)
         ],
         "metrics": {metric: _metric(metric, measured) for metric in shown_metrics(comparison)},
@@ -142,9 +143,9 @@ def _content(
         "seeds": seeds,
         "command": command(comparison, len(seeds)),
         "scales": {},
-        "device": f"{len(jax.devices())} x {device.device_kind}",
+        "device": ", ".join(sorted(devices)),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "revision": revision(),
+        "revision": " and ".join(sorted({record["code"] for record in ended})),
         "time": {
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "training_seconds": round(sum(_seconds(run, finished) for run in measured.runs.values()), 1),
@@ -240,15 +241,14 @@ def _arm(arm: str, comparison: Comparison, finished: Sequence[Finished], measure
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_model().params)),
         "flops": runs[0].flops,
         "training_seconds": {str(run.seed): round(_seconds(run, finished), 1) for run in runs},
-        "fingerprint": _fingerprint(one),
+        "fingerprint": _record(one)["fingerprint"],
         "diverged": {str(run.seed): run.diverged for run in runs if run.diverged is not None},
     }
 
 
-def _fingerprint(one: Finished) -> str | None:
-    """Of the operative configuration that was trained."""
-    path = pathlib.Path(one.directory) / "config.gin"
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+def _record(one: Finished) -> dict[str, Any]:
+    """What was recorded when the run had ended."""
+    return json.loads((pathlib.Path(one.directory) / records.FINISHED).read_text(encoding="utf-8"))
 
 
 def _seconds(run: Run, finished: Sequence[Finished]) -> float:
@@ -260,13 +260,10 @@ def _seconds(run: Run, finished: Sequence[Finished]) -> float:
 
 def command(comparison: Comparison, seeds: int) -> str:
     """The command line that runs the comparison as it was run."""
-    words = ["python", "-m", "launch", "--experiment"]
-    if comparison.config is None:
-        return shlex.join([*words, "NAME"])
-    words.append(comparison.config.name)
-    for overlay in comparison.config.overlays:
+    words = ["python", "-m", "launch", "--experiment", "NAME" if comparison.config is None else comparison.config.name]
+    for overlay in comparison.overlays:
         words += ["--overlay", overlay]
-    for binding in comparison.config.bindings:
+    for binding in comparison.bindings:
         words += ["--set", binding]
     return shlex.join(words + (["--seeds", str(seeds)] if seeds != comparison.seeds else []))
 

@@ -11,9 +11,10 @@ import tempfile
 
 import numpy as np
 
-from maxlike.compare import verdict
+from maxlike.compare import records, verdict
 from maxlike.compare.comparison import Comparison
 from maxlike.compare.matching import Matched
+from maxlike.compare.records import Fingerprint
 from maxlike.compare.rules import Above, Lower, Ratio
 from maxlike.compare.runs import Finished, Planned
 from tests import tiny
@@ -45,7 +46,6 @@ def write(directory: pathlib.Path, losses, *, kurtosis: float | None = None, tok
         lines.append({"step": len(losses), "split": "measured", "kurtosis": kurtosis})
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     (directory / "metrics.jsonl").write_text(text)
-    (directory / "config.gin").write_text("steps = 200\n")
 
 
 def curve(rng, better: float, steps: int = STEPS) -> np.ndarray:
@@ -68,6 +68,7 @@ def finished(comparison: Comparison, root: pathlib.Path, better: dict[str, float
                 losses = losses[: STEPS // 3] + np.linspace(0, 0.5, STEPS // 3)
             write(directory, losses, kurtosis=None if why else kurtosis)
             changed = dataclasses.replace(experiment(), steps=STEPS, seed=seed)
+            records.finish(directory, Fingerprint((arm, f"seed {seed}")), why, 1.0)
             made.append(Finished(Planned(arm, comparison.experiments[arm], seed=seed), directory, changed, why))
     return made
 

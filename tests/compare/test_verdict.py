@@ -29,7 +29,8 @@ def test_verdict_json_says_what_was_run(concluded):
     assert content["versions"]["jax"] and content["revision"] and content["device"] and content["command"]
     assert content["time"]["training_seconds"] > 0
     arm = content["arms"]["sparse"]
-    assert arm["tokens"] == 200 * 8 * 32 and arm["steps"] == 200 and len(arm["fingerprint"]) == 16
+    assert arm["tokens"] == 200 * 8 * 32 and arm["steps"] == 200
+    assert arm["fingerprint"] and arm["fingerprint"] != content["arms"]["dense"]["fingerprint"]
     assert content["arms"]["twin"]["diverged"] == {"1": "10 bad steps in a row"}
     assert content["matched"]["relative"]["twin"] == pytest.approx(0.008)
 
@@ -107,11 +108,14 @@ def test_what_no_arm_writes_is_refused(concluded, tmp_path, changes, words):
 
 def test_the_papers_scale_by_the_plan():
     comparison = synthetic.comparison(
-        arms=("quickstart", "families/moe"), baseline="quickstart", rule=(), scales={"v5p": "v5p", "abacus": "v5p"}
+        arms=("quickstart", "families/transformer"),
+        baseline="quickstart",
+        rule=(),
+        scales={"v5p": "v5p", "abacus": "v5p"},
     )
     found = scale.at_scales(comparison)
     assert "--overlay v5p" in found["v5p"]["command"]
-    assert found["v5p"]["devices"] == 1 and found["v5p"]["arms"]["moe"]["tokens"] == 240 * 4096
+    assert found["v5p"]["devices"] == 1 and found["v5p"]["arms"]["transformer"]["tokens"] == 240 * 4096
     runs = found["v5p"]["arms"].values()
     assert found["v5p"]["seconds"] == pytest.approx(3 * sum(run["seconds"] for run in runs)) and all(runs)
     assert found["v5p"]["dollars"] == pytest.approx(found["v5p"]["seconds"] / 3600 * 4.2)
