@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from maxlike import checkpoint_tree
+from maxlike import checkpoint_tree, merging
 from maxlike.convert import families, proof, transfer
 from maxlike.convert.config_json import IRRELEVANT, read_json
 from maxlike.convert.family import Family
@@ -44,17 +44,21 @@ def export(
 
     family: the model type to write ('llama', 'qwen2', ...); by default the first that expresses the network exactly.
     dtype: of the written weights. checkpoint: the step; by default the newest. Averaged weights are taken where the run
-    keeps them. Refuses a network that no family expresses exactly, and names what differs.
+    keeps them, and what `layers.merging` can merge is merged. Refuses a network that no family expresses exactly, and
+    names what differs.
     """
     target = pathlib.Path(destination).absolute()
     if target.exists():
         raise UserError(f"--destination {target} exists: name a new directory")
     if jax.process_count() > 1:
         raise UserError("export runs as one process: start it on one host")
+    trained, experiment = experiment, merging.plain(experiment)
     net = Structure(experiment.bare())
     run = RunDirectory(run_dir, mode="read")
     chosen, config = describe(net, family)
-    flat = _weights(experiment, run, checkpoint)
+    flat = _weights(trained, run, checkpoint)
+    if experiment is not trained:
+        flat = _merged(trained, experiment, flat)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -138,6 +142,20 @@ def _weights(experiment: Experiment, run: RunDirectory, checkpoint: int | None) 
     if jax.tree.leaves(buffers):
         buffers = load_parameters(source, buffers, {"": ""}, tree="buffers", say=print)
     return checkpoint_tree.flatten(params) | checkpoint_tree.flatten(buffers)
+
+
+def _merged(trained: Experiment, plain: Experiment, flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """{leaf: array} of the merged network. Raises RuntimeError where its logits on a probe are others."""
+    model, after, tokens_BT = trained.abstract_model(), plain.abstract_model(), proof.probe(plain.bare())
+    state = filled(model.params, flat), filled(model.buffers, flat)
+    expected = proof.logits(model.graph, *state, tokens_BT)
+    shardings = Program.of(plain, plain.mesh.open()).shardings
+    state = jax.device_put(merging.weights(trained, *state), (shardings["params"], shardings["buffers"]))
+    worst = float(np.max(np.abs(proof.logits(after.graph, *state, tokens_BT) - expected)))
+    if not worst <= 1e-4 * max(1.0, float(np.max(np.abs(expected)))):
+        raise RuntimeError(f"the merged network is not the trained one: logits differ by {worst:.3g}")
+    print(f"merged what only training needs; the largest difference of a logit is {worst:.3g}")
+    return checkpoint_tree.flatten(state[0]) | checkpoint_tree.flatten(state[1])
 
 
 def _write_config(
