@@ -53,12 +53,12 @@ class FakeQuantized:
         if self.recipe.activations < 16:
             inside = {id(part) for stack in targets.modules(model, Stack).values() for part in _linears(stack)}
             outside = {id(part) for part in _linears(model)} - inside
-            functions["linear_input"] = lambda x, owner: x if id(owner) in outside else self._input(x, owner)
+            functions["linear_input"] = lambda x, owner: x if id(owner) in outside else self.input(x, owner)
         if self.recipe.cache < 16:
-            functions |= {"keys": self._keys, "values": self._values}
+            functions |= {"keys": self.keys, "values": self.values}
         return functions
 
-    def _input(self, x: jax.Array, linear: Linear) -> jax.Array:
+    def input(self, x: jax.Array, linear: Linear) -> jax.Array:
         if targets.deciding(linear) is not None:
             return x
         dims = linear.input_dims
@@ -71,12 +71,12 @@ class FakeQuantized:
         back = rotation.inverse(jnp.reshape(rounded, flat.shape))
         return jnp.reshape(back, x.shape).astype(x.dtype)
 
-    def _keys(self, k_BTGK: jax.Array, owner: Any) -> jax.Array:
+    def keys(self, k_BTGK: jax.Array, owner: Any) -> jax.Array:
         rotation = targets.of_heads(self.recipe, k_BTGK.shape[-1], type(owner).__name__)
         rounded = asymmetric(rotation(k_BTGK), self.recipe.cache, with_zero=True)
         return rotation.inverse(rounded).astype(k_BTGK.dtype)
 
-    def _values(self, v_BTGK: jax.Array, owner: Any) -> jax.Array:
+    def values(self, v_BTGK: jax.Array, owner: Any) -> jax.Array:
         if self.recipe.rotation != "full":
             return asymmetric(v_BTGK, self.recipe.cache, with_zero=False)
         rotation = targets.of_heads(self.recipe, v_BTGK.shape[-1], type(owner).__name__)
