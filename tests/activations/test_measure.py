@@ -1,0 +1,60 @@
+"""Measure writes one line after the last step, also of a run that is resumed; --job measure shows a trained run."""
+
+import json
+import types
+
+import pytest
+
+from maxlike import train
+from maxlike.activations.job import measure
+from maxlike.activations.norms import Norms
+from maxlike.activations.sink import AttentionSink
+from maxlike.errors import UserError
+from maxlike.measure import Measure, measured
+from maxlike.program import Program
+from tests import tiny
+
+
+def test_measured_once_and_shown_again(tmp_path, capsys):
+    def counted(experiment, program, state):
+        calls.append(int(state["step"]))
+        return {"parameters": 7.0}
+
+    calls, norms = [], Norms(rows=8)
+    experiment = tiny.load("steps = 6")
+    experiment.hooks = (Measure(tools=(counted, norms, AttentionSink(rows=8))),)
+    experiment.checkpoints.every = 2
+    train.train(experiment, tmp_path)
+    (line,) = tiny.rows(tmp_path, "measured")
+    assert line["step"] == 6 and line["parameters"] == 7.0 and calls == [6]
+    assert len(line["max_activation/each"]) == 3 and 0 < line["attention_sink"] < 1
+    assert "measured max_activation" in (tmp_path / "report.html").read_text()
+    train.train(experiment, tmp_path)  # trained already: nothing is measured anew
+    assert calls == [6] and len(tiny.rows(tmp_path, "measured")) == 1
+
+    capsys.readouterr()
+    values = measure(experiment, tmp_path, rows=8)
+    assert values["max_activation"] == pytest.approx(line["max_activation"], rel=1e-6)
+    shown = capsys.readouterr().out
+    assert "attention_sink_uniform" in shown and "kurtosis" in shown
+    kept = json.loads((tmp_path / "measured.json").read_text())
+    assert kept["step"] == 6 and kept["rows"] == 8 and kept["values"] == values and kept["left_out"] == []
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(UserError, match=r"Measure.tools is empty"):
+        Measure(tools=())
+    experiment = tiny.load()
+    program = Program.of(experiment, experiment.mesh.open())
+
+    def found(experiment, program, state):
+        return {"max_activation": 1.0}
+
+    with pytest.raises(UserError, match=r"Measure.tools has two tools that give 'max_activation'"):
+        measured((found, found), experiment, program, {})
+    # A statistic that cannot be is refused before the first step.
+    experiment.data.validation = None
+    with pytest.raises(UserError, match=r"Data.validation is not set"):
+        Measure(tools=(Norms(),)).open(types.SimpleNamespace(experiment=experiment))
+    with pytest.raises(UserError, match=r"Data.validation is not set"):
+        measure(experiment, tmp_path)
