@@ -5,7 +5,7 @@ import pathlib
 import jax
 from rich.console import Console as Rich
 
-from maxlike.compare import library, pairing, runs, verdict
+from maxlike.compare import library, pairing, runs, tables, verdict
 from maxlike.compare.comparison import Comparison
 from maxlike.compare.library import Library, Loaded
 from maxlike.compare.runs import Planned
@@ -53,7 +53,7 @@ def compare(
         out.print(measured.table())
         measured.refuse()
     concluded = verdict.conclude(comparison, finished, pathlib.Path(run_dir), measured)
-    out.print(concluded.sentence)
+    tables.show(concluded.content, out)
     out.print(f"report: {pathlib.Path(run_dir) / 'report.html'}")
     return concluded
 

@@ -4,7 +4,7 @@
     python -m maxlike.compare.reproductions --add RUN_DIR      keeps the verdict of a comparison's run first
 
 A verdict is a folder benchmarks/verdicts/<slug> with verdict.json and verdict.png; <slug> is the last part of the
-comparison's name.
+comparison's name, and of each overlay that it was run with: `moma`, `moma-h200`.
 """
 
 import argparse
@@ -141,9 +141,9 @@ def add(run_dir: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
         if not (run_dir / name).is_file():
             raise UserError(f"{run_dir} has no {name}: name the run directory of a comparison that has a verdict")
     content = _load(run_dir / "verdict.json")
-    slug = pathlib.PurePosixPath(content["experiment"]).stem
-    if not slug:
+    if not content["experiment"]:
         raise UserError(f"{run_dir}/verdict.json names no experiment: run the comparison from its gin file")
+    slug = "-".join(pathlib.PurePosixPath(name).stem for name in (content["experiment"], *content["overlays"]))
     kept = folder / slug
     kept.mkdir(parents=True, exist_ok=True)
     for name in FILES:

@@ -126,6 +126,7 @@ def _content(
     return {
         "schema": SCHEMA,
         "experiment": name,
+        "overlays": list(comparison.overlays),
         "title": comparison.title,
         "source": comparison.source,
         "claim": comparison.claim,

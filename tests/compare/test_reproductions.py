@@ -29,7 +29,11 @@ def repository(tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     root, _, _, found = synthetic.concluded()
-    changed = found.content | {"experiment": "papers/sparse_models", "title": "Sparse | dense"}
+    changed = found.content | {
+        "experiment": "papers/sparse_models",
+        "overlays": ["papers/sparse_models/h200"],
+        "title": "Sparse | dense",
+    }
     (run_dir / "verdict.json").write_text(verdict.dumps(changed))
     shutil.copyfile(root / "verdict.png", run_dir / "verdict.png")
     (tmp_path / "docs").mkdir()
@@ -43,8 +47,9 @@ def test_a_verdict_is_kept_and_shown(repository, capsys):
     assert reproductions.main(["--root", str(repository), "--add", str(repository / "run")]) == 0
     text = page.read_text()
     for words in (
-        "| **holds** |", "Sparse \\| dense", "3 arms x 3 seeds", "(../benchmarks/verdicts/sparse_models/verdict.png)",
-        "train/loss: sparse - dense = -0.3", "(#sparse-models)", "## sparse-models",
+        "| **holds** |", "Sparse \\| dense", "3 arms x 3 seeds",
+        "(../benchmarks/verdicts/sparse_models-h200/verdict.png)",
+        "train/loss: sparse - dense = -0.3", "(#sparse-models-h200)", "## sparse-models-h200",
     ):  # fmt: skip
         assert words in text, words
     table = [line for line in text.splitlines() if line.startswith("|")]
