@@ -15,6 +15,8 @@ from maxlike import checkpoint
 from maxlike import experiment
 from maxlike import guard
 from maxlike import hooks
+from maxlike import schedules
+from maxlike import step
 from maxlike import warm_start
 from maxlike.optimizers import adamw
 
@@ -44,7 +46,14 @@ VALIDATES = "experiment.Experiment.hooks = (@hooks.Validate(),)"
 def arm(folder: pathlib.Path, name: str, *bindings: str) -> str:
     """Writes an arm; its name as an experiment."""
     path = folder / f"{name}.gin"
-    lines = [*tiny.BINDINGS, "checkpoint.Checkpoints.every = 2", f"steps = {STEPS}", VALIDATES, *bindings]
+    lines = [
+        *tiny.BINDINGS,
+        "checkpoint.Checkpoints.every = 2",
+        f"steps = {STEPS}",
+        VALIDATES,
+        "others/schedules.WSD.lr = 0.05",
+        *bindings,
+    ]
     path.write_text(ARM + "\n".join(lines) + "\n")
     return str(path)
 

@@ -1,0 +1,62 @@
+"""The whole job on an A/A comparison."""
+
+import json
+
+import pytest
+
+from maxlike.compare import runs
+from maxlike.compare.compare import compare
+from maxlike.errors import UserError
+from tests import tiny
+from tests.compare import toy
+
+RULE = (
+    "comparison.Comparison.rule = (@rules.Lower(),)",
+    "rules.Lower.metric = 'validation/loss'",
+    "rules.Lower.arm = 'b'",
+    "rules.Lower.than = 'a'",
+)
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("toy")
+    arms = toy.arm(folder, "a"), toy.arm(folder, "b")
+    return toy.comparison(folder, arms, *RULE)
+
+
+def test_shards_make_it_together_and_the_last_judges(name, tmp_path, capsys, monkeypatch):
+    assert compare(toy.load(name), tmp_path, shard="1/2") is None
+    assert "verdict comes with the last" in capsys.readouterr().out
+    verdict = compare(toy.load(name), tmp_path, shard="2/2")
+    shown = capsys.readouterr().out
+    assert verdict.outcome != "holds"  # the same arm twice does not win
+    assert verdict.sentence in shown
+    assert "training FLOPs a token" in shown
+    a, b = (tmp_path / "arms" / arm for arm in "ab")
+    for seed in ("seed_0", "seed_1"):
+        assert tiny.losses(a / seed) == tiny.losses(b / seed)
+    record = json.loads((tmp_path / "verdict.json").read_text())
+    assert record["match"]["relative"] == {"a": 0.0, "b": 0.0}
+    assert (tmp_path / "report.html").is_file()
+    monkeypatch.setattr(runs, "fit", lambda *_: pytest.fail("it was trained again"))
+    assert compare(toy.load(name), tmp_path).outcome == verdict.outcome  # without a shard it collects
+    assert compare(toy.load(name), tmp_path, seeds=1, arms=("b",)) is None
+
+
+def test_what_does_not_match_or_pair_is_refused_before_anything_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "execute", lambda *_, **__: pytest.fail("something ran"))
+    folder = tmp_path / "wider"
+    folder.mkdir()
+    arms = toy.arm(folder, "a"), toy.arm(folder, "b", "mlp.GatedMLP.width = 64")
+    comparison = toy.load(toy.comparison(folder, arms))
+    with pytest.raises(UserError, match="the arms b and a do not match: training FLOPs a token"):
+        compare(comparison, tmp_path)
+    assert "to the baseline" in capsys.readouterr().out
+    for flags, sentence in (
+        ({"seeds": 0}, "--seeds 0"),
+        ({"shard": "2"}, "--shard"),
+        ({"arms": ("bb",)}, "--arms bb: no such arm"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            compare(toy.load(name), tmp_path, **flags)
