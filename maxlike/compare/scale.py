@@ -45,6 +45,7 @@ def _estimate(comparison: Comparison, name: str, overlay: str) -> dict[str, Any]
         "device": name,
         "devices": next(iter(plans.values())).devices,
         "arms": rows,
+        "seeds": comparison.seeds,
         "seconds": comparison.seeds * sum(row["seconds"] for row in rows.values()),
         "dollars": None if None in dollars else comparison.seeds * sum(dollars),
     }
@@ -80,13 +81,13 @@ def _row(plan: Plan, experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def words(scale: dict[str, Any], seeds: int) -> str:
+def words(scale: dict[str, Any]) -> str:
     """An estimate in a sentence."""
     if "why" in scale:
         return f"No estimate: {scale['why']}."
     cost = "" if scale["dollars"] is None else f", {scale['dollars']:,.0f} dollars at list price"
     return (
-        f"All arms, {seeds} seeds each, one after the other: about {duration(scale['seconds'])} on "
+        f"All arms, {scale['seeds']} seeds each, one after the other: about {duration(max(1, scale['seconds']))} on "
         f"{scale['devices']} x {scale['device']}{cost}. By formula alone, nothing was compiled or run; "
         "validation and starting are not in it."
     )

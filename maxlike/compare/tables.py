@@ -41,7 +41,7 @@ def difference(entry: dict[str, Any]) -> list[str]:
 
 
 def _signed(x: float) -> str:
-    return number(x) if x < 0 else f"+{number(x)}"
+    return f"+{number(x)}" if x > 0 else number(x)
 
 
 def show(content: dict[str, Any], console: Console | None = None) -> None:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from maxlike.compare import scale, verdict
+from maxlike.compare import report, scale, verdict
 from maxlike.compare.rules import Lower
 from maxlike.errors import UserError
 from tests.compare import synthetic
@@ -106,7 +106,7 @@ def test_what_no_arm_writes_is_refused(concluded, tmp_path, changes, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_papers_scale_by_the_plan():
+def test_the_papers_scale_by_the_plan(concluded):
     comparison = synthetic.comparison(
         arms=("quickstart", "families/transformer"),
         baseline="quickstart",
@@ -119,5 +119,7 @@ def test_the_papers_scale_by_the_plan():
     runs = found["v5p"]["arms"].values()
     assert found["v5p"]["seconds"] == pytest.approx(3 * sum(run["seconds"] for run in runs)) and all(runs)
     assert found["v5p"]["dollars"] == pytest.approx(found["v5p"]["seconds"] / 3600 * 4.2)
-    assert scale.words(found["v5p"], 3).startswith("All arms, 3 seeds each")
-    assert scale.words(found["abacus"], 3) == "No estimate: the plan knows no device 'abacus'."
+    assert scale.words(found["v5p"]).startswith("All arms, 3 seeds each")
+    assert scale.words(found["abacus"]) == "No estimate: the plan knows no device 'abacus'."
+    text = report.text(concluded[3].content | {"scales": found}, {"rule": b""})
+    assert found["v5p"]["command"] in text and "3 seeds each" in text and "no device &#x27;abacus&#x27;" in text
