@@ -1,9 +1,10 @@
 """Variants of few pictures as many documents: mirrored, moved and recoloured, then spelled by an image tokenizer.
 
-    python -m maxlike.picture_variants FOLDER
+    python -m maxlike.picture_variants FOLDER [COUNT]
 
-writes FOLDER/variants.parquet, which `experiments/data/clipart/tokens` ships: a language model that reads the 1,112
-pictures themselves several times learns them by heart, and the more so the more parameters it has.
+writes FOLDER/variants.parquet with COUNT variants of each picture, 8 if it is left out, as
+`experiments/data/clipart/tokens` ships them: a language model that reads the 1,112 pictures themselves several times
+learns them by heart, and the more so the more parameters it has. There are at most 588 of a picture that differ.
 """
 
 import io
@@ -72,4 +73,4 @@ def write(destination: pathlib.Path, count: int = 8, batch_size: int = 64) -> pa
 
 
 if __name__ == "__main__":
-    print(write(pathlib.Path(sys.argv[1])))
+    print(write(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:3])))

@@ -36,29 +36,32 @@ class CausalLoss:
         if seed < 0:
             raise UserError(f"CausalLoss.seed={seed} must not be negative")
         self.seed = seed
+        self._programs: dict[str, Program] = {}  # a run that differs in its seed alone needs what is compiled here
 
     def __call__(self, experiment: Experiment, program: Program, state: dict) -> dict[str, float]:
-        objective, network = experiment.objective, experiment.bare()
-        if isinstance(objective, AuxiliaryRouters):
-            objective = objective.next_token
+        network = experiment.bare()
         _refuse_without_auxiliary(network)
+        routes: dict[str, Callable[[Any], None]] = {"causal": as_decoded}
+        if _has_auxiliary(network):
+            routes |= {"top_k": as_trained, "random": lambda model: by_chance(model, self.seed)}
         batches = experiment.open_validation()
+        found = {name: self._routed(program, name, route).evaluate(state, batches) for name, route in routes.items()}
+        values = {f"causal_{name}": x for name, x in found["causal"].items() if name.partition("/")[0] == "loss"}
+        if "top_k" in found:
+            values["top_k_loss"] = found["top_k"]["loss"]
+            for name in ("causal", "random"):
+                values[f"{name}_excess"] = found[name]["loss"] / values["top_k_loss"] - 1
+        return values
 
-        def held_out(route: Callable[[Any], None]) -> dict[str, float]:
-            routed = dataclasses.replace(experiment, objective=_Routed(objective, route))
-            return dataclasses.replace(program, experiment=routed).evaluate(state, batches)
-
-        causal = held_out(as_decoded)
-        found = {f"causal_{name}": value for name, value in causal.items() if name.partition("/")[0] == "loss"}
-        if not _has_auxiliary(network):
-            return found
-        top_k = held_out(as_trained)["loss"]
-        by_lot = held_out(lambda model: by_chance(model, self.seed))["loss"]
-        return found | {
-            "top_k_loss": top_k,
-            "causal_excess": causal["loss"] / top_k - 1,
-            "random_excess": by_lot / top_k - 1,
-        }
+    def _routed(self, program: Program, name: str, route: Callable[[Any], None]) -> Program:
+        """The program with an objective that routes anew."""
+        if name not in self._programs or self._programs[name].model is not program.model:
+            experiment, objective = program.experiment, program.experiment.objective
+            if isinstance(objective, AuxiliaryRouters):
+                objective = objective.next_token
+            experiment = dataclasses.replace(experiment, objective=_Routed(objective, route))
+            self._programs[name] = dataclasses.replace(program, experiment=experiment)
+        return self._programs[name]
 
 
 @dataclasses.dataclass(frozen=True)
