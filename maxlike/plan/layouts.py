@@ -118,7 +118,7 @@ class Shares:
             on = {axis: self.layout.mesh_axes(axis) for axis in axes}
             cut = tuple(m for axis in axes if axis in (*_WORK, "experts", "layers") for m in on[axis])
             stored = tuple(m for axis in axes for m in on[axis] if m not in cut)
-            layers = leaf.shape[0] if axes[0] == "layers" else 1
+            layers = leaf.shape[0] if axes[:1] == ("layers",) else 1
             yield Weight("/".join(names), leaf.shape, axes, layers, cut, stored)
 
     @functools.cached_property

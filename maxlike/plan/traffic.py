@@ -61,7 +61,7 @@ class _Job:
     def weights(self) -> Iterator[Collective]:
         """Gathers of stored weights, sums of gradients."""
         for weight in self.shares.weights:
-            if weight.name.startswith("embed/") and weight.layers == 1:
+            if weight.name.startswith("embed/") and weight.layers == 1 and "embed_out" not in weight.axes:
                 yield from self._embedding(weight)
                 if self._is_head(weight):
                     yield from self._head(weight)
@@ -72,7 +72,7 @@ class _Job:
 
     def _is_head(self, weight: Weight) -> bool:
         """Whether the token table is the head too."""
-        return weight.axes[0] == "vocab" and not any(w.name.startswith("head/linear") for w in self.shares.weights)
+        return weight.axes[0] == "vocab" and not any(w.axes == ("embed", "vocab") for w in self.shares.weights)
 
     def _ordinary(self, weight: Weight) -> Iterator[Collective]:
         shares, layers = self.shares, max(weight.layers / self.shares.stage, 1) * self.turns

@@ -16,6 +16,7 @@ from maxlike.convert import families
 from maxlike.convert.export_job import describe, export
 from maxlike.convert.structure import Structure
 from maxlike.errors import UserError
+from maxlike.plan import layouts
 from maxlike.program import Program
 from maxlike.train import train
 from tests import tiny
@@ -84,6 +85,15 @@ def test_the_rule_names_arms_that_are_there():
     made = config.load("papers/outlier_safe", kind=Comparison)
     assert tuple(made.experiments) == ARMS
     check_arms(made.rule, made.experiments)
+
+
+def test_the_fullest_arm_is_planned_for_many_devices():
+    """Its gains are scalars, its projections ordinary weights between tables."""
+    experiment = layouts.with_mesh(load("osp", "papers/outlier_safe/v5p"), {"fsdp": 4, "tensor": 2})
+    shares = layouts.Shares(experiment, layouts.abstract_layout(experiment, 8))
+    kinds = {weight.name: (weight.layers, weight.stored, weight.cut) for weight in shares.weights}
+    assert kinds["embed/projection/kernel"] == (1, ("fsdp",), ())
+    assert kinds["norm/gain"] == (1, (), ()) and kinds["stack/periods/0/ffn_norm/gain"] == (24, (), ())
 
 
 def test_nothing_merges_in_a_plain_arm(arms):
