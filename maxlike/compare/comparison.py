@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from maxlike.catalog import nearest
 from maxlike.compare import rules
 from maxlike.compare.matching import ActiveFlops
+from maxlike.compare.metrics import parse
 from maxlike.errors import UserError
 from maxlike.noun import Noun
 
@@ -30,7 +31,7 @@ class Comparison(Noun):
     scales: {name such as 'h200': overlay such as 'papers/moma/h200'}, for the report's words on the paper's scale.
     config: the `maxlike.config.Configuration` it was loaded from; None where it was built in Python.
 
-    Raises UserError for seeds below 1, fewer than two arms, two arms of one name, a name that is no arm's, and arms
+    Raises UserError for seeds below 1, fewer than two arms, two arms of one name, a name that is no arm's, a metric of no known kind, and arms
     that begin from each other in a circle.
     """
 
@@ -65,6 +66,8 @@ class Comparison(Noun):
             for name in names:
                 self._refuse_stranger(knob, name)
         rules.check_arms(self.rule, tuple(self.experiments))
+        for metric in self.metrics:
+            parse(metric)
         for arm in self.after:
             if arm in self.ancestors(arm):
                 raise UserError(f"Comparison.after={self.after}: {arm} begins from itself; break the circle")

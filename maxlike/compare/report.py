@@ -171,8 +171,18 @@ def _diverged(content: dict[str, Any]) -> str:
 
 def _scales(content: dict[str, Any]) -> str:
     return "".join(
-        page.command(f"{name}: {scale.words(known)}", known["command"]) for name, known in content["scales"].items()
+        page.command(f"{name}: {scale.words(known)}", known["command"]) + _costs(known)
+        for name, known in content["scales"].items()
     )
+
+
+def _costs(known: dict[str, Any]) -> str:
+    """What one run of each arm takes there."""
+    rows = [("arm, one run", "parameters", "tokens", "time", "dollars")]
+    for arm, run in known.get("arms", {}).items():
+        dollars = "" if run["dollars"] is None else f"{run['dollars']:,.0f}"
+        rows.append((arm, quantity(run["parameters"]), quantity(run["tokens"]), duration(run["seconds"]), dollars))
+    return _wide(rows) if rows[1:] else ""
 
 
 def _how(content: dict[str, Any]) -> str:

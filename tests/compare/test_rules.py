@@ -187,3 +187,9 @@ def test_a_gain_on_one_metric_is_compared_with_that_on_another():
     )
     with pytest.raises(UserError, match="name two metrics"):
         GainsMore(metric="train/loss", other="train/loss", arm="a", than="b")
+
+
+def test_a_metric_to_be_shown_of_no_known_kind_is_refused_before_the_runs():
+    knobs = {"title": "", "source": "", "claim": "", "falsified_by": "", "arms": ("x/a", "x/b"), "baseline": "a"}
+    with pytest.raises(UserError, match="'loss/train' is no metric"):
+        Comparison(**knobs, metrics=("loss/train",))
