@@ -31,8 +31,8 @@ class Comparison(Noun):
     scales: {name such as 'h200': overlay such as 'papers/moma/h200'}, for the report's words on the paper's scale.
     config: the `maxlike.config.Configuration` it was loaded from; None where it was built in Python.
 
-    Raises UserError for seeds below 1, fewer than two arms, two arms of one name, a name that is no arm's, a metric of no known kind, and arms
-    that begin from each other in a circle.
+    Raises UserError for seeds below 1, fewer than two arms, two arms of one name, a name that is no arm's, a metric of
+    no known kind, and arms that begin from each other in a circle.
     """
 
     binds: ClassVar[str] = "comparison.Comparison"

@@ -101,7 +101,7 @@ def _rule(content: dict[str, Any], pictures: dict[str, bytes]) -> str:
                 "?" if one["mean"] is None else number(one["mean"]),
                 f"{low} to {high}",
                 f"{one['side']} {number(one['boundary'])}",
-                "" if told else one["note"] or need,
+                one["note"] or ("" if told else need),
             )
         )
     picture = _single([("the rule", pictures["rule"])])

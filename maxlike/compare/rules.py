@@ -31,7 +31,7 @@ class Judged:
 
     effect: what was tested, in words. values: of each seed, the ends between which it lies. boundary, side: where the
     claim would have it. log: whether values, boundary and interval are logarithms. note: why it cannot be told, where
-    that is not the spread; else empty.
+    that is not the spread, or what decided it, where that is no interval; else empty.
     """
 
     sentence: str
@@ -271,11 +271,13 @@ def _judged(
 ) -> Judged:
     lows, highs = [low for low, _ in found.values()], [high for _, high in found.values()]
     decision = statistics.decide(lows, highs, boundary, side)
-    note = _note(lows + highs, len(found)) if decision.outcome == "cannot tell" else ""
+    note = _note(lows + highs, len(found), decision.outcome)
     return Judged(sentence, effect, side, boundary, dict(sorted(found.items())), decision, note=note)
 
 
-def _note(ends: Sequence[float], n: int) -> str:
+def _note(ends: Sequence[float], n: int, outcome: statistics.Outcome) -> str:
+    if outcome != "cannot tell":
+        return "one side diverged at every seed" if all(math.isinf(end) for end in ends) else ""
     if n < 2:
         return "one seed says nothing of the spread" if n else "no seed has finished"
     if any(math.isnan(end) for end in ends):

@@ -77,7 +77,8 @@ def test_above_and_below():
 
 def test_a_diverged_arm():
     inf = math.inf
-    assert judge(lower(), a=[inf] * 3, b=[2.0, 2.1, 2.2]).outcome == "does not hold"
+    worst = judge(lower(), a=[inf] * 3, b=[2.0, 2.1, 2.2])
+    assert worst.outcome == "does not hold" and "every seed" in worst.note
     assert judge(lower(relative=True), a=[2.0, 2.1, 2.2], b=[inf] * 3).outcome == "holds"
     one = judge(lower(), a=[2.0, inf, 1.9], b=[2.2, 2.3, 2.1])
     assert one.outcome == "cannot tell" and "diverged" in one.note
