@@ -44,7 +44,7 @@ def compare(
     planned = plan(comparison, seeds, arms)
     finished = runs.execute(planned, pathlib.Path(run_dir) / "arms", shard=share, library=known)
     if len(finished) < len(planned):
-        out.print(f"{len(finished)} of {len(planned)} runs are there: the verdict comes with the last of them")
+        out.print(f"{len(finished)} of {len(planned)} runs are there: the verdict comes with the last", soft_wrap=True)
         return None
     if arms or not chief:
         return None
@@ -54,7 +54,7 @@ def compare(
         measured.refuse()
     concluded = verdict.conclude(comparison, finished, pathlib.Path(run_dir), measured)
     tables.show(concluded.content, out)
-    out.print(f"report: {pathlib.Path(run_dir) / 'report.html'}")
+    out.print(f"report: {pathlib.Path(run_dir) / 'report.html'}", soft_wrap=True)
     return concluded
 
 

@@ -9,6 +9,7 @@ import signal
 import jax.monitoring
 import pytest
 
+from maxlike import log
 from maxlike.compare import library, runs
 from maxlike.compare.progress import Progress
 from maxlike.compare.runs import Planned, execute
@@ -18,7 +19,16 @@ from maxlike.run_dir import RunDirectory
 from tests import tiny
 from tests.compare import toy
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="module")
+def no_pictures():
+    """Reports of single runs have tests of their own, and take longer than the runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "write_report", lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,7 @@ def plan(arms, *names: str, seeds: int = 1, after=None) -> list[Planned]:
 
 
 @pytest.fixture(scope="module")
-def made(arms, tmp_path_factory):
+def made(arms, no_pictures, tmp_path_factory):
     """(directory, what was finished, how often something was compiled by how many runs were finished by then)."""
     directory = tmp_path_factory.mktemp("made")
     compiled: dict[int, int] = {}

@@ -17,6 +17,7 @@ from maxlike import guard
 from maxlike import hooks
 from maxlike import schedules
 from maxlike import step
+from maxlike.data import sources
 from maxlike import warm_start
 from maxlike.optimizers import adamw
 
@@ -40,6 +41,7 @@ comparison.Comparison.seeds = 2
 """
 STEPS = 4
 AFTER_A = ("experiment.Experiment.warm_start = @warm_start.WarmStart()", "warm_start.WarmStart.source = 'nowhere'")
+QUICK = ("others/schedules.WSD.lr = 0.05", "held_out/sources.Text.start_byte = -8000")
 VALIDATES = "experiment.Experiment.hooks = (@hooks.Validate(),)"
 
 
@@ -51,7 +53,7 @@ def arm(folder: pathlib.Path, name: str, *bindings: str) -> str:
         "checkpoint.Checkpoints.every = 2",
         f"steps = {STEPS}",
         VALIDATES,
-        "others/schedules.WSD.lr = 0.05",
+        *QUICK,
         *bindings,
     ]
     path.write_text(ARM + "\n".join(lines) + "\n")
