@@ -36,42 +36,50 @@ def fit(
 ) -> Law:
     """The law of that form through the points.
 
-    x: {variable: values}, y: values, one a run; runs at the same x are seeds of one point. All positive.
+    x: {variable: values}, y: values, one a run; runs at the same x are seeds of one point, which counts once, with the
+        mean of their log y. All positive.
     huber: size of a residual of log y from which on it counts by its size, > 0; math.inf is least squares.
-    resample: what the bootstrap draws anew: 'points' with all their seeds, or 'seeds' within each point, which leaves
-        out how far the points are off the form. replicates: number of draws, >= 20. seed: of the draws.
-    Intervals are the percentiles of the replicates, widened by sqrt(n / (n - p)) t / z for n points and p parameters:
-    plain percentiles are too narrow where points are few (Hesterberg, The American Statistician 69, 2015, section 3).
+    resample: what the bootstrap draws anew: 'points', or 'seeds' within each point, which leaves out how far the points
+        are off the form. replicates: number of draws, >= 20. seed: of the draws.
+    Intervals are the percentiles of the replicates, widened by sqrt(n / (n - p)) t / z for n things drawn and p numbers
+    fitted to them: plain percentiles are too narrow where n is small (Hesterberg, The American Statistician 69, 2015,
+    section 3).
     Raises UserError where there are no more points than parameters, fewer than three values of a variable, variables
     that move together, values that are not positive, or too few seeds to draw from.
     """
     log_x, log_y = _logs(form, x, y)
     if not huber > 0 or replicates < 20:
         raise UserError(f"huber={huber} must be positive and replicates={replicates} at least 20: correct them")
-    cells = np.unique(log_x, axis=0, return_inverse=True)[1].ravel()
-    points = int(cells.max()) + 1
-    _refuse(form, log_x, cells, resample)
-    centre = (log_x.mean(0), float(log_y.mean()))
-    u, v = log_x - centre[0], log_y - centre[1]
-    loss = Huber(form, u, v, huber)
-    theta = _search(loss)
+    u, cells = np.unique(log_x, axis=0, return_inverse=True)
+    cells = cells.ravel()
+    _refuse(form, u, cells, resample)
+    runs = np.equal.outer(np.arange(len(u)), cells).astype(float)  # [points, runs]: which belong to which
+    v = runs @ log_y / runs.sum(1)
+    centre = (u.mean(0), float(v.mean()))
+    u, v = u - centre[0], v - centre[1]
+    loss = Huber(form, u, huber)
+    theta = _search(loss, v)
     draws = np.random.default_rng(seed)
-    samples = np.stack([_weights(u, cells, resample, draws) for _ in range(replicates)])
-    many = minimize_many(loss, np.broadcast_to(theta, (replicates, len(theta))), samples)
-    free = (points if resample == "points" else len(v)) - len(form.parameters)
-    widen = math.sqrt(1 + len(form.parameters) / free) * float(t.ppf(0.975, free) / norm.ppf(0.975))
+    if resample == "points":
+        weights = np.stack([_points(u, draws) for _ in range(replicates)])
+        targets, drawn, fitted = np.broadcast_to(v, weights.shape), len(u), len(form.parameters)
+    else:
+        taken = np.stack([_seeds(cells, draws) for _ in range(replicates)])  # [replicates, runs]
+        targets = (taken * log_y) @ runs.T / (taken @ runs.T) - centre[1]
+        weights, drawn, fitted = np.ones_like(targets), len(cells), len(u)
+    many = minimize_many(loss, np.broadcast_to(theta, (replicates, len(theta))), weights, targets)
+    free = drawn - fitted
     spread = float(np.sum(v**2))
-    residual = float(np.sum((form.log_y(theta, u) - v) ** 2))
     return Law(
         form=form,
         theta=form.shifted(theta, *centre),
         replicates=form.shifted(many, *centre),
-        widen=widen,
+        widen=math.sqrt(drawn / free) * float(t.ppf(0.975, free) / norm.ppf(0.975)),
         ranges={name: (float(min(x[name])), float(max(x[name]))) for name in form.variables},
-        points=points,
-        runs=len(v),
-        r2=1 - residual / spread if spread else 1.0,
-        held_out=_held_out(loss, cells, theta),
+        points=len(u),
+        runs=len(cells),
+        r2=1 - float(np.sum((form.log_y(theta, u) - v) ** 2)) / spread if spread else 1.0,
+        held_out=_held_out(loss, v, theta),
         huber=huber,
     )
 
@@ -93,7 +101,7 @@ def _logs(form: Form, x: Mapping[str, Sequence[float]], y: Sequence[float]) -> t
 
 
 def _refuse(form: Form, log_x: np.ndarray, cells: np.ndarray, resample: str) -> None:
-    points, wanted = int(cells.max()) + 1, len(form.parameters)
+    points, wanted = len(log_x), len(form.parameters)
     if points <= wanted:
         raise UserError(
             f"{form} has {wanted} parameters and there are {points} points: {wanted + 1} is the least, "
@@ -116,13 +124,13 @@ def _rank(log_x: np.ndarray) -> int:
     return 1 + int(np.linalg.matrix_rank(spread, tol=1e-6 * max(np.abs(spread).max(), 1e-300) * len(spread)))
 
 
-def _search(loss: Huber) -> np.ndarray:
+def _search(loss: Huber, v: np.ndarray) -> np.ndarray:
     """The parameters of the best minimum from all starts: the starts descend together, and L-BFGS finishes the best."""
-    starts = _starts(loss.form, loss.u, loss.v)
-    ones = np.ones(len(loss.v))
-    ends = minimize_many(loss, starts, np.broadcast_to(ones, (len(starts), len(ones))), iterations=60)
-    order = np.argsort(loss.values(ends, ones))[:FINISHED]
-    return min((finish(loss, ends[start]) for start in order), key=lambda theta: loss.values(theta, ones))
+    starts, ones = _starts(loss.form, loss.u, v), np.ones(len(v))
+    many = (len(starts), len(v))
+    ends = minimize_many(loss, starts, np.ones(many), np.broadcast_to(v, many), iterations=60)
+    order = np.argsort(loss.values(ends, ones, v))[:FINISHED]
+    return min((finish(loss, ends[start], v) for start in order), key=lambda theta: loss.values(theta, ones, v))
 
 
 def _starts(form: Form, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -145,28 +153,29 @@ def _starts(form: Form, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.stack(starts)
 
 
-def _weights(u: np.ndarray, cells: np.ndarray, resample: str, draws: np.random.Generator) -> np.ndarray:
-    """How often each run is in one bootstrap sample; samples that do not determine the law are drawn again."""
+def _points(u: np.ndarray, draws: np.random.Generator) -> np.ndarray:
+    """How often each point is in one bootstrap sample; samples that do not determine the law are drawn again."""
     for _ in range(ATTEMPTS):
-        if resample == "points":
-            points = int(cells.max()) + 1
-            weights = np.bincount(draws.integers(0, points, points), minlength=points)[cells].astype(float)
-        else:
-            weights = np.zeros(len(cells))
-            for cell in np.unique(cells):
-                runs = np.flatnonzero(cells == cell)
-                weights[runs] = np.bincount(draws.integers(0, len(runs), len(runs)), minlength=len(runs))
+        weights = np.bincount(draws.integers(0, len(u), len(u)), minlength=len(u)).astype(float)
         if _rank(u[weights > 0]) > u.shape[1]:
             return weights
     raise UserError("no bootstrap sample of these points determines the law: run more points")
 
 
-def _held_out(loss: Huber, cells: np.ndarray, theta: np.ndarray) -> tuple[float, ...] | None:
+def _seeds(cells: np.ndarray, draws: np.random.Generator) -> np.ndarray:
+    """How often each run is in a sample that has as many runs of each point as there are."""
+    taken = np.zeros(len(cells))
+    for cell in np.unique(cells):
+        runs = np.flatnonzero(cells == cell)
+        taken[runs] = np.bincount(draws.integers(0, len(runs), len(runs)), minlength=len(runs))
+    return taken
+
+
+def _held_out(loss: Huber, v: np.ndarray, theta: np.ndarray) -> tuple[float, ...] | None:
     """Relative error of each point under the law of all others."""
-    points = int(cells.max()) + 1
-    kept = cells != np.arange(points)[:, None]
-    if points - 1 <= len(theta) or any(_rank(loss.u[runs]) <= loss.u.shape[1] for runs in kept):
+    kept = ~np.eye(len(v), dtype=bool)
+    if len(v) - 1 <= len(theta) or any(_rank(loss.u[rows]) <= loss.u.shape[1] for rows in kept):
         return None
-    without = minimize_many(loss, np.broadcast_to(theta, (points, len(theta))), kept.astype(float))
-    off = loss.form.log_y(without, loss.u) - loss.v
-    return tuple(abs(math.expm1(float(np.mean(row[~runs])))) for row, runs in zip(off, kept))
+    start = np.broadcast_to(theta, (len(v), len(theta)))
+    without = minimize_many(loss, start, kept.astype(float), np.broadcast_to(v, kept.shape))
+    return tuple(abs(math.expm1(float(off))) for off in np.diag(loss.form.log_y(without, loss.u)) - v)

@@ -32,7 +32,7 @@ def draw(law: Law, points: Mapping[str, Sequence[float]], y: str, at: Sequence[M
     x = np.geomspace(min(ends), max(ends), 300)
     for index, colour in zip(chosen, colours):
         setting = settings[index]
-        label = ", ".join(f"{_last(name)} {value:.3g}" for name, value in zip(others, setting))
+        label = ", ".join(f"{name} {value:.3g}" for name, value in zip(others, setting))
         _curve(axes, law, x, setting, label, colour)
         rows = [i for i in range(len(points["y"])) if tuple(points[name][i] for name in others) == setting]
         axes.plot([points[first][i] for i in rows], [points["y"][i] for i in rows], "o", color=colour, markersize=4)
@@ -65,7 +65,7 @@ def _curve(axes, law: Law, x: np.ndarray, setting: tuple[float, ...], label: str
 
 def _dress(axes, law: Law, y: str) -> None:
     values = {name: f"{interval.value:.3g}" for name, interval in law.parameters.items()}
-    axes.set_title(f"{_last(y)}{str(law.form)[1:]}", loc="left", color=INK, fontsize=11, fontweight="bold")
+    axes.set_title(f"{y}{str(law.form)[1:]}", loc="left", color=INK, fontsize=11, fontweight="bold")
     words = ", ".join(f"{name} = {value}" for name, value in values.items())
     axes.set_xlabel(f"{law.form.variables[0]}\n{words};  band: 95 %", color=INK)
     axes.set_ylabel(y, color=INK)
@@ -73,7 +73,7 @@ def _dress(axes, law: Law, y: str) -> None:
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     low, high = axes.get_ylim()
-    if high < 30 * low:
+    if high < 30 * low:  # few or none of the powers of ten are on the axis
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8) if high > 2 * low else "all"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -81,7 +81,3 @@ def _dress(axes, law: Law, y: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors="#555555", labelsize=9)
-
-
-def _last(name: str) -> str:
-    return name.replace("/", ".").split(".")[-1] if "." in name else name

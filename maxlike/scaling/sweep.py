@@ -19,9 +19,10 @@ LONGEST = 80  # characters of a directory's name
 class Sweep(Noun):
     """An experiment trained at every point, each with every seed.
 
-    experiment: its name, or a path to a gin file; overlays: put on top of it. points: Product or Zip of lists of values
-    of its knobs. seeds: runs a point, >= 1, the same seeds at every point. metric: what is shown and minimised, named
-    as comparisons name metrics: 'validation/loss', 'train/loss'; all are recorded. config: of the gin file.
+    experiment: its name, or a path to a gin file; overlays, and bindings as `--set` takes them: put on top of it.
+    points: Product or Zip of lists of values of its knobs. seeds: runs a point, >= 1, the same seeds at every point.
+    metric: what is shown and minimised, named as comparisons name metrics: 'validation/loss', 'train/loss'; all are
+    recorded. config: of the gin file.
     Raises UserError for a number of seeds below 1 and a metric of no known kind.
     """
 
@@ -33,6 +34,7 @@ class Sweep(Noun):
     seeds: int = 1
     metric: str = "validation/loss"
     overlays: tuple[str, ...] = ()
+    bindings: tuple[str, ...] = ()
     config: Any = None
 
     def __post_init__(self):
@@ -57,9 +59,9 @@ class Sweep(Noun):
 
     def planned(self, seeds: int | None = None) -> list[tuple[Point, Planned]]:
         """Every run with its point, seeds of a point together. seeds: another number of them."""
-        overlays, bindings = self.overlays, ()
+        overlays, bindings = self.overlays, self.bindings
         if self.config is not None:
-            overlays, bindings = (*overlays, *self.config.overlays), self.config.bindings
+            overlays, bindings = (*overlays, *self.config.overlays), (*bindings, *self.config.bindings)
         return [
             (
                 point,

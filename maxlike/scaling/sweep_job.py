@@ -107,14 +107,15 @@ def show(records: list[dict[str, Any]], short: dict[str, str], metric: str) -> N
     for one in records:
         rows.setdefault(repr(one["point"]), []).append(one)
     means = {key: _mean([one["metrics"].get(metric) for one in runs]) for key, runs in rows.items()}
-    table = Table(*short.values(), metric, "range of seeds", "seeds", "diverged", box=None, padding=(0, 2, 0, 0))
+    heads = [*short.values(), metric, "range of seeds", "seeds", "diverged"]
+    table = Table(*heads, box=None, padding=(0, 2, 0, 0))
     for key in sorted(rows, key=means.__getitem__):
         runs = rows[key]
         values = [value for one in runs if (value := one["metrics"].get(metric)) is not None]
-        spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else ""
+        spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else "-"
         cells = [str(runs[0]["point"][knob]) for knob in short]
         mean = f"{means[key]:.4f}" if math.isfinite(means[key]) else "diverged"
-        table.add_row(*cells, mean, spread, str(len(runs)), str(sum(one["diverged"] is not None for one in runs) or ""))
+        table.add_row(*cells, mean, spread, str(len(runs)), str(sum(one["diverged"] is not None for one in runs)))
     Console(highlight=False).print(table)
 
 

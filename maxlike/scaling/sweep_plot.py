@@ -44,6 +44,7 @@ def draw(records: list[dict[str, Any]], short: dict[str, str], metric: str) -> b
     axes.set_ylabel(metric, color=INK)
     if others and len(lines) <= LINES:
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    axes.margins(y=0.12)
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

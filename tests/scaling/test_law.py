@@ -86,13 +86,13 @@ def test_least_squares_is_the_textbooks_and_huber_is_scipys():
     design = np.stack([np.ones_like(X), np.log(X)], 1)
     np.testing.assert_allclose(law.theta, np.linalg.lstsq(design, np.log(y), rcond=None)[0], atol=1e-9)
     delta, theta = 0.05, np.array([1.0, -0.2])
-    loss = Huber(forms.power_law(), np.log(X)[:, None], np.log(y), delta)
+    loss, v = Huber(forms.power_law(), np.log(X)[:, None], delta), np.log(y)
     residuals = theta[0] + theta[1] * np.log(X) - np.log(y)
-    assert loss.values(theta, np.ones(len(X))) == pytest.approx(special.huber(delta, residuals).sum() / delta**2)
+    assert loss.values(theta, np.ones(len(X)), v) == pytest.approx(special.huber(delta, residuals).sum() / delta**2)
     step = 1e-6
-    slopes = [(loss.value_and_gradient(theta + e)[0] - loss.value_and_gradient(theta - e)[0]) / (2 * step)
+    slopes = [(loss.value_and_gradient(theta + e, v)[0] - loss.value_and_gradient(theta - e, v)[0]) / (2 * step)
               for e in step * np.eye(2)]  # fmt: skip
-    np.testing.assert_allclose(loss.value_and_gradient(theta)[1], slopes, rtol=1e-5)
+    np.testing.assert_allclose(loss.value_and_gradient(theta, v)[1], slopes, rtol=1e-5)
 
 
 def test_many_samples_together_end_where_lbfgs_does():
@@ -100,13 +100,15 @@ def test_many_samples_together_end_where_lbfgs_does():
     log_x = np.log(np.stack([N, D], 1))
     u = log_x - log_x.mean(0)
     v = np.log(chinchilla(N, D) * noise(0.003, len(N)))
-    loss = Huber(forms.chinchilla(), u, v - v.mean(), 1e-3)
+    loss = Huber(forms.chinchilla(), u, 1e-3)
     start = np.array([-0.5, -1.0, -0.3, -1.0, -0.3])
     weights = np.stack([np.ones(len(v)), rng.integers(0, 3, len(v)).astype(float)])
-    together = minimize_many(loss, np.stack([start, start]), weights, iterations=3000)
-    ones = np.ones(len(v))
-    assert loss.values(together[0], ones) <= loss.values(finish(loss, start), ones) * (1 + 1e-6)
-    alone = minimize_many(loss, start[None], weights[1:], iterations=3000)
+    targets = np.stack([v - v.mean(), v - v.mean() + 0.01 * rng.normal(size=len(v))])
+    together = minimize_many(loss, np.stack([start, start]), weights, targets, iterations=3000)
+    by_lbfgs = finish(loss, start, targets[0])
+    best = (loss.values(theta, weights[0], targets[0]) for theta in (together[0], by_lbfgs))
+    assert next(best) <= next(best) * (1 + 1e-6)
+    alone = minimize_many(loss, start[None], weights[1:], targets[1:], iterations=3000)
     np.testing.assert_allclose(together[1], alone[0], rtol=1e-6)
 
 
@@ -121,9 +123,24 @@ def test_a_run_that_went_wrong_does_not_bend_the_law():
 def test_resampling_seeds_leaves_out_how_far_the_points_are_off_the_form():
     x, off = np.repeat(X, 3), np.repeat(noise(0.05, len(X)), 3)
     y = 3 * x**-0.3 * off * noise(1e-3, len(x), 1)
-    of_points = fit(forms.power_law(), {"x": x}, y, huber=math.inf, replicates=100).parameters["b"]
-    of_seeds = fit(forms.power_law(), {"x": x}, y, huber=math.inf, replicates=100, resample="seeds").parameters["b"]
-    assert of_seeds.high - of_seeds.low < 0.2 * (of_points.high - of_points.low)
+    of_points = fit(forms.power_law(), {"x": x}, y, huber=math.inf, replicates=100)
+    of_seeds = fit(forms.power_law(), {"x": x}, y, huber=math.inf, replicates=100, resample="seeds")
+    np.testing.assert_array_equal(of_points.theta, of_seeds.theta)
+    wide, narrow = (law.parameters["b"] for law in (of_points, of_seeds))
+    assert 0 < narrow.high - narrow.low < 0.2 * (wide.high - wide.low)
+    assert (of_seeds.points, of_seeds.runs) == (8, 24)
+
+
+@pytest.mark.parametrize("resample", ["points", "seeds"])
+def test_two_seeds_a_point_do_not_hide_how_far_they_are_apart(resample):
+    """Counted as runs of their own they would leave a loss by size flat between them, and intervals of no width."""
+    covered = 0
+    for seed in range(20):
+        y = 3 * np.repeat(X, 2) ** -0.3 * noise(0.02, 16, seed)
+        b = fit(forms.power_law(), {"x": np.repeat(X, 2)}, y, replicates=60, resample=resample).parameters["b"]
+        assert b.high - b.low > 0.003
+        covered += b.low <= -0.3 <= b.high
+    assert covered >= 15
 
 
 def test_a_law_is_the_same_from_its_record_and_from_the_same_seed():

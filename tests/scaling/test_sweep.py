@@ -123,7 +123,7 @@ def swept(tmp_path):
 
 
 def test_the_job_fits_what_the_sweep_found(swept, tmp_path, capsys):
-    law_job.law(swept, tmp_path, x=("tokens",), at=("tokens=8e6",))
+    law_job.law(swept, tmp_path, x=("tokens",), at=("tokens=8e6",), others="lowest")
     out = capsys.readouterr().out
     assert "1 of 21 runs diverged" in out and "validation/loss = a tokens^b" in out
     assert "EXTRAPOLATED: tokens is 10 times outside the fitted range" in out
@@ -133,9 +133,14 @@ def test_the_job_fits_what_the_sweep_found(swept, tmp_path, capsys):
     assert (tmp_path / "law.png").read_bytes()[:4] == b"\x89PNG"
     law_job.law(swept, tmp_path, x=("tokens",), optimum=("lr",), within=0.05, at=("tokens=4e5",))
     content = json.loads((tmp_path / "law.json").read_text())
-    assert content["y"] == "best adamw.AdamW.lr"
+    assert content["y"] == "best lr"
     assert content["law"]["parameters"]["b"]["value"] == pytest.approx(-0.5, abs=1e-6)
     assert content["predictions"][0]["value"] == pytest.approx(0.1)
+    law_job.law(swept, tmp_path, x=("tokens",), where=("adamw.AdamW.lr=0.1",))
+    fitted = json.loads((tmp_path / "law.json").read_text())["fitted"]
+    assert fitted["tokens"] == [1e5, 2e5, 4e5, 8e5]
+    best = 0.2 * 4**-0.5  # at 4e5 tokens: 0.1 itself
+    assert best == 0.1 and fitted["y"][2] == pytest.approx(30 * 4e5**-0.1)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +149,12 @@ def test_the_job_fits_what_the_sweep_found(swept, tmp_path, capsys):
         ({}, "which variable"),
         ({"x": ("token",)}, "no such column: did you mean 'tokens'"),
         ({"x": ("tokens",), "y": "validation/los"}, "did you mean 'validation/loss'"),
-        ({"x": ("tokens",), "form": "exp"}, "no law of the form 'exp'"),
-        ({"x": ("tokens",), "at": ("1e9",)}, "write tokens=NUMBER"),
+        ({"x": ("tokens",), "others": "lowest", "form": "exp"}, "no law of the form 'exp'"),
+        ({"x": ("tokens",), "others": "lowest", "at": ("1e9",)}, "write tokens=NUMBER"),
+        ({"x": ("tokens",)}, "runs at tokens = 100000 differ in lr: add --x lr"),
+        ({"x": ("lr",)}, "runs at lr = 0.025 differ in steps"),
+        ({"x": ("tokens",), "where": ("lr=7",)}, "no run has it; the values of lr are 0.025, 0.05"),
+        ({"x": ("tokens",), "where": ("lr",)}, "write NAME=VALUE"),
         ({"x": ("tokens",), "optimum": ("lr",), "within": 1e-9}, "at tokens = 100000: 1 runs are within"),
     ],
 )
