@@ -10,7 +10,7 @@ from maxlike.activations.gates import Gates
 from maxlike.activations.kurtosis import Kurtosis
 from maxlike.activations.norms import Norms
 from maxlike.activations.sink import AttentionSink
-from maxlike.activations.statistic import Statistic, Values, together
+from maxlike.activations.statistic import Passes, Statistic, Values
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.restore import restore
@@ -46,7 +46,7 @@ def measure(
     if not fitting:
         raise UserError(reasons[0])
     program, state, step = restore(experiment, run_dir, checkpoint)
-    values = together(tuple(fitting), experiment, program, state)
+    values = Passes(tuple(fitting))(experiment, program, state)
     found = {"step": step, "rows": rows, "values": values, "left_out": reasons}
     path = RunDirectory(run_dir, mode="read").write_text("measured.json", json.dumps(found, indent=1) + "\n")
     _show(values, reasons, f"step {step}, {rows} rows of the validation split")

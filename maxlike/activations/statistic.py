@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -18,6 +19,7 @@ from maxlike.experiment import Experiment
 from maxlike.metrics import Mean
 from maxlike.objectives.batch import context_of
 from maxlike.program import Program
+from maxlike.tool import Tool
 
 Batch = dict[str, jax.Array]
 Values = dict[str, float | list[float]]
@@ -74,7 +76,7 @@ class Seen:
         return self.tapped[name]
 
 
-class Statistic(abc.ABC):
+class Statistic(Tool, abc.ABC):
     """Base of the statistics: tools for `maxlike.measure.Measure`, called as `statistic(experiment, program, state)`.
 
     rows: how many rows of the validation split, from its beginning, >= 1; a split that has fewer gives all it has.
@@ -108,7 +110,7 @@ class Statistic(abc.ABC):
         """What is reported, of the values of the sums."""
 
     def __call__(self, experiment: Experiment, program: Program, state: dict) -> Values:
-        return together((self,), experiment, program, state)
+        return Passes((self,))(experiment, program, state)
 
 
 def by_layer(found: list[Mean]) -> Mean:
@@ -121,35 +123,45 @@ def layered(name: str, values_L: np.ndarray) -> Values:
     return {name: float(np.mean(values_L)), f"{name}/each": [float(x) for x in values_L]}
 
 
-def together(statistics: tuple[Statistic, ...], experiment: Experiment, program: Program, state: dict) -> Values:
-    """What several statistics find. Those of the same rows share one pass over them, compiled once.
+class Passes:
+    """Several statistics, called as one. Those of the same rows share a pass over them, which is compiled once and kept
+    for further runs of the same program (`Program.rerun`)."""
 
-    state: as a Program makes it; averaged parameters are used where it has them. Raises UserError where a statistic
-    does not fit the network, or two give one name.
-    """
-    values: Values = {}
-    for statistic in statistics:
-        statistic.check(experiment)
-    for kind in dict.fromkeys((statistic.rows, statistic.context) for statistic in statistics):
-        group = tuple(statistic for statistic in statistics if (statistic.rows, statistic.context) == kind)
-        for statistic, totals in zip(group, _run(group, experiment, program, state)):
-            found = statistic.values(totals)
-            twice = sorted(found.keys() & values.keys())
-            if twice:
-                raise UserError(f"two statistics give {twice[0]!r}: keep one {type(statistic).__name__}")
-            values |= found
-    return values
+    def __init__(self, statistics: tuple[Statistic, ...]):
+        kinds = dict.fromkeys((statistic.rows, statistic.context) for statistic in statistics)
+        self._groups = [tuple(s for s in statistics if (s.rows, s.context) == kind) for kind in kinds]
+        self._of: Program | None = None
+        self._compiled: list[Callable] = []
+
+    def __call__(self, experiment: Experiment, program: Program, state: dict) -> Values:
+        """What they find. state: as a Program makes it; averaged parameters are used where it has them. Raises
+        UserError where a statistic does not fit the network, or two give one name."""
+        if self._of is None or self._of.model is not program.model or self._of.layout is not program.layout:
+            for group in self._groups:
+                for statistic in group:
+                    statistic.check(experiment)
+            looks = (functools.partial(_look, group, program) for group in self._groups)
+            self._compiled = [jax.jit(look, out_shardings=program.layout.replicated) for look in looks]
+            self._of = program
+        values: Values = {}
+        for group, look in zip(self._groups, self._compiled):
+            for statistic, totals in zip(group, _totals(look, group[0].rows, experiment, program, state)):
+                found = statistic.values(totals)
+                twice = sorted(found.keys() & values.keys())
+                if twice:
+                    raise UserError(f"two statistics give {twice[0]!r}: keep one {type(statistic).__name__}")
+                values |= found
+        return values
 
 
-def _run(group: tuple[Statistic, ...], experiment: Experiment, program: Program, state: dict) -> list[dict]:
-    """The totals of each of the group, over its rows."""
+def _totals(look: Callable, rows: int, experiment: Experiment, program: Program, state: dict) -> list[dict]:
+    """The totals of each statistic of a group, over its rows."""
     batches, (part, parts) = experiment.open_validation(), program.feed
-    look = jax.jit(functools.partial(_look, group, program), out_shardings=program.layout.replicated)
     params = state["ema"] if "ema" in state else state["params"]
     sums: list[Sums] | None = None
-    needed = -(-group[0].rows // batches.batch_size)
+    needed = -(-rows // batches.batch_size)
     for number, batch in enumerate(itertools.islice(batches.iterate(host=part, hosts=parts), needed)):
-        left = jnp.asarray(group[0].rows - number * batches.batch_size, jnp.int32)
+        left = jnp.asarray(rows - number * batches.batch_size, jnp.int32)
         new = look(params, state["buffers"], program.put(batch), left)
         sums = new if sums is None else [{name: a[name] + b[name] for name in a} for a, b in zip(sums, new)]
     return [{name: np.asarray(x.value()) for name, x in jax.device_get(one).items()} for one in sums]

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import safetensors.numpy
 from rich.console import Console
 from rich.table import Table
@@ -129,16 +130,15 @@ def _report(
 
 
 def _show(recipe: Recipe, weights: Weights, report: dict[str, Any]) -> None:
-    table = Table(
-        title=f"{recipe.name}: {report['source']['run']}, step {report['source']['step']}", title_justify="left"
-    )
-    for column in ("matrices inside the blocks", "shape", "bits a weight", "|W - Q|² / |W|², mean", "worst"):
-        table.add_column(column, justify="left" if column.startswith("matrices") else "right")
+    title = f"{recipe.name}, step {report['source']['step']}; error: |W - Q|² / |W|²"
+    table = Table(title=title, title_justify="left")
+    table.add_column("in the blocks", no_wrap=True)
+    for column in ("layers", "shape", "bits a weight", "error", "worst"):
+        table.add_column(column, justify="right")
     for row in report["layers"]:
         errors, (inputs, outputs) = row["relative_error"], row["shape"]
-        name = row["parameter"].removesuffix("/kernel") + (f" ({len(errors)})" if len(errors) > 1 else "")
-        mean = sum(errors) / len(errors)
-        table.add_row(name, f"{inputs} x {outputs}", f"{row['bits']:.3f}", f"{mean:.2e}", f"{max(errors):.2e}")
+        means = f"{row['bits']:.3f}", f"{sum(errors) / len(errors):.1e}", f"{max(errors):.1e}"
+        table.add_row(row["parameter"].removesuffix("/kernel"), f"{len(errors)}", f"{inputs} x {outputs}", *means)
     console = Console()
     if weights.matrices:
         console.print(table)
@@ -176,7 +176,7 @@ def _write(
             return
         tree = "ema" if "ema" in state else "params"
         record = files.read_record(source)
-        stamps = passport.stamped("quantize", source, record, tree, report["recipe"])
+        stamps = passport.stamped("quantize", source, record, tree, {"recipe": target.name})
         quantized = state | {"params": weights.params} | ({"ema": weights.params} if "ema" in state else {})
         store = experiment.checkpoints.open(run.checkpoints, say=print)
         store.save(step, quantized, record.metadata | {"passport": stamps})
@@ -194,5 +194,7 @@ def _write_codes(path: pathlib.Path, weights: Weights, recipe: dict[str, Any]) -
     tensors = {}
     for matrix in weights.matrices:
         parts = {"codes": matrix.codes_NIO, "scales": matrix.scales_NGO, "zeros": matrix.zeros_NGO}
-        tensors |= {f"{matrix.target.path}/{name}": part for name, part in parts.items() if part is not None}
+        tensors |= {
+            f"{matrix.target.path}/{name}": np.asarray(part) for name, part in parts.items() if part is not None
+        }
     safetensors.numpy.save_file(tensors, path, metadata={"recipe": json.dumps(recipe)})

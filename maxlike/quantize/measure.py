@@ -5,13 +5,15 @@ import jax
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.program import Program
+from maxlike.quantize import targets
 from maxlike.quantize.calibrate import Calibration
 from maxlike.quantize.evaluate import Evaluator
 from maxlike.quantize.recipe import Method, Recipe
 from maxlike.quantize.weights import quantize
+from maxlike.tool import Tool
 
 
-class QuantizedLoss:
+class QuantizedLoss(Tool):
     """A tool for `maxlike.measure.Measure`: the validation loss with quantized weights, activations and cache.
 
     It reports `loss_w4a4kv4`, nats a token, and `loss_rise_w4a4kv4`, its rise as a share of the loss of the same
@@ -35,16 +37,20 @@ class QuantizedLoss:
         rows: int = 32,
         hadamard_blocks: bool = False,
     ):
-        if batches < 1:
-            raise UserError(f"QuantizedLoss.batches={batches} must be at least 1 batch of the validation split")
+        for name, value in (("batches", batches), ("rows", rows)):
+            if value < 1:
+                raise UserError(f"QuantizedLoss.{name}={value} must be at least 1")
         bits = {"weights": weights, "activations": activations, "cache": cache}
         self.recipe = Recipe(**bits, method=method, hadamard_blocks=hadamard_blocks)
         self.batches, self.rows = batches, rows
         self._evaluator: Evaluator | None = None
 
-    def __call__(self, experiment: Experiment, program: Program, state: dict) -> dict[str, float]:
-        if jax.process_count() > 1 and self.recipe.needs_hessian:
+    def check(self, experiment: Experiment) -> None:
+        targets.find(experiment.bare(), self.recipe)
+        if self.recipe.needs_hessian and jax.process_count() > 1:
             raise UserError(f"QuantizedLoss.method={self.recipe.method!r} runs as one process: use rtn, had or quarot")
+
+    def __call__(self, experiment: Experiment, program: Program, state: dict) -> dict[str, float]:
         if self._evaluator is None or not self._evaluator.serves(program):
             self._evaluator = Evaluator(program, self.recipe)
         params = state["ema"] if "ema" in state else state["params"]

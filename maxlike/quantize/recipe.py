@@ -35,9 +35,9 @@ class Recipe:
         between value and output projection, and that of "had"; "had_gptq" and "quarot_gptq", with GPTQ in RTN's place;
         "nf4", the code book of QLoRA.
     group: inputs that share a scale (a block of NF4, 64 by default), None for all of an output.
-    levels, search: see Grid. damp, act_order: see GPTQ, whose groups are static under act_order.
+    levels, search: see Grid.
     hadamard_blocks: where a width has no Hadamard matrix here, rotate blocks of its largest power-of-two divisor.
-    Refuses other bits, NF4 of other than 4, and knobs of another method than the one chosen.
+    Refuses other bits, and NF4 of other than 4.
     """
 
     weights: int = 4
@@ -47,8 +47,6 @@ class Recipe:
     group: int | None = None
     levels: Literal["symmetric", "asymmetric", "half_step"] = "symmetric"
     search: bool = True
-    damp: float = 0.01
-    act_order: bool = False
     hadamard_blocks: bool = False
 
     def __post_init__(self):
@@ -60,8 +58,6 @@ class Recipe:
             raise UserError(
                 f"Recipe.weights={self.weights} with method 'nf4', which has 4 bits: use 4, or another method"
             )
-        if self.act_order and self.rounding != "gptq":
-            raise UserError(f"Recipe.act_order=True is for GPTQ, and the method is {self.method!r}: leave it out")
         self.quantizer()  # refuses
 
     @property
@@ -95,6 +91,4 @@ def _quantizer(recipe: Recipe) -> RTN | GPTQ | NF4 | None:
     if recipe.rounding == "nf4":
         return NF4(block=64 if recipe.group is None else recipe.group)
     grid = Grid(bits=recipe.weights, levels=recipe.levels, group=recipe.group, search=recipe.search)
-    if recipe.rounding == "rtn":
-        return RTN(grid)
-    return GPTQ(grid, damp=recipe.damp, act_order=recipe.act_order, static_groups=recipe.act_order)
+    return RTN(grid) if recipe.rounding == "rtn" else GPTQ(grid)

@@ -11,6 +11,7 @@ from layers.attention import Attention
 from layers.block import Block
 from layers.experts import Experts
 from layers.linear import Linear
+from layers.mla import MLA
 from layers.mlp import MLP, GatedMLP
 from layers.norm import Identity, RMSNorm
 from layers.stack import Stack
@@ -176,7 +177,9 @@ def _check(recipe: Recipe, matrices: dict[str, Target], network: Any) -> None:
         raise UserError(f"{experts}: inputs of experts are not quantized here: leave the activations in 16 bits")
     if recipe.cache == 16:
         return
-    attentions = inside(network, Attention)
+    attentions, latent = inside(network, Attention), next(iter(inside(network, MLA)), None)
+    if latent is not None:
+        raise UserError(f"{latent}: MLA caches latents, which are not quantized here: leave the cache in 16 bits")
     for path, block in inside(network, Block).items():
         if f"{path}/mixer" not in attentions:
             raise UserError(

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from layers.block import Block
 from maxlike import checkpoint_tree
@@ -31,10 +30,10 @@ class Matrix:
 
     target: Target
     bits: float
-    errors_N: np.ndarray
-    codes_NIO: np.ndarray
-    scales_NGO: np.ndarray
-    zeros_NGO: np.ndarray | None
+    errors_N: jax.Array
+    codes_NIO: jax.Array
+    scales_NGO: jax.Array
+    zeros_NGO: jax.Array | None
     damp: float | None
 
 
@@ -109,7 +108,7 @@ def _alone(recipe: Recipe, found: Targets, flat: dict[str, jax.Array]) -> tuple[
         weight_NIO, errors_N, *codes = _stacked(quantizer, target.enters, target.leaves, w_NIO)
         changed[path] = jnp.reshape(weight_NIO, kernel.shape).astype(kernel.dtype)
         bits = quantizer.cost(target.inputs, target.outputs)
-        matrices.append(Matrix(target, bits, np.asarray(errors_N), *_on_host(codes), None))
+        matrices.append(Matrix(target, bits, errors_N, *codes, None))
     return matrices, changed
 
 
@@ -173,13 +172,9 @@ def _calibrated(
         changed[path] = jnp.reshape(jnp.stack([part[0] for part in parts]), kernel.shape).astype(kernel.dtype)
         quantized: list[Quantized] = [part[2] for part in parts]
         fields = ([getattr(one, name) for one in quantized] for name in ("codes_IO", "scales_GO", "zeros_GO"))
-        codes = [np.stack(field) for field in fields]
-        errors_N, damp = np.array([float(part[1]) for part in parts]), max(one.damp for one in quantized)
-        if damp > recipe.damp:
-            say(f"{target.layer}: its Hessian needed a damping of {damp:g}, not {recipe.damp:g}")
+        codes = [jnp.stack(field) for field in fields]
+        errors_N, damp = jnp.stack([part[1] for part in parts]), max(one.damp for one in quantized)
+        if damp > quantizer.damp:
+            say(f"{target.layer}: its Hessian needed a damping of {damp:g}, not {quantizer.damp:g}")
         matrices.append(Matrix(target, quantized[0].bits, errors_N, *codes, damp))
     return matrices, changed
-
-
-def _on_host(codes: list[jax.Array | None]) -> list[np.ndarray | None]:
-    return [None if array is None else np.asarray(array) for array in codes]

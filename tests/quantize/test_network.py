@@ -214,7 +214,8 @@ def test_more_bits_cost_less(subject):
     [
         ("families/moe", [], {"method": "gptq"}, "ffn/experts: each expert meets inputs of its own"),
         ("families/moe", [], {"activations": 4}, "ffn/experts: inputs of experts are not quantized"),
-        ("families/mamba_hybrid", [], {"cache": 4}, "mixer: the cache of Mamba2 is not quantized"),
+        ("families/mamba_hybrid", [], {"cache": 4}, "periods/2/mixer: MLA caches latents"),
+        ("families/linear_attention", [], {"cache": 4}, "mixer: the cache of LightningAttention is not quantized"),
         ("families/mamba_hybrid", [], {"method": "quarot"}, "its mixer is no plain Attention"),
         ("quickstart", [], {"group": 48}, "a group of 48 inputs does not divide the 32 of stack/periods/0/ffn/down"),
         ("quickstart", ["mlp.GatedMLP.width = 26"], {"method": "had"}, "ffn/down: there is no construction"),
@@ -244,8 +245,8 @@ def test_blocks_of_a_width_without_a_hadamard_matrix_and_routers_that_stay():
         (lambda: Recipe(cache=1), "Recipe.cache=1"),
         (lambda: Recipe(method="awq"), "Recipe.method='awq'"),
         (lambda: Recipe(weights=3, method="nf4"), "which has 4 bits"),
-        (lambda: Recipe(act_order=True), "Recipe.act_order=True"),
         (lambda: QuantizedLoss(batches=0), "QuantizedLoss.batches=0"),
+        (lambda: QuantizedLoss(rows=0), "QuantizedLoss.rows=0"),
         (lambda: Calibration.of(tiny.load(), 0), "is empty"),
     ],
 )
