@@ -10,7 +10,7 @@ from maxlike.activations.job import measure
 from maxlike.activations.norms import Norms
 from maxlike.activations.sink import AttentionSink
 from maxlike.errors import UserError
-from maxlike.measure import Measure, measured
+from maxlike.measure import Measure
 from maxlike.program import Program
 from tests import tiny
 
@@ -21,16 +21,15 @@ def test_measured_once_and_shown_again(tmp_path, capsys):
         return {"parameters": 7.0}
 
     calls, norms = [], Norms(rows=8)
-    experiment = tiny.load("steps = 6")
+    experiment = tiny.load()
     experiment.hooks = (Measure(tools=(counted, norms, AttentionSink(rows=8))),)
-    experiment.checkpoints.every = 2
     train.train(experiment, tmp_path)
     (line,) = tiny.rows(tmp_path, "measured")
-    assert line["step"] == 6 and line["parameters"] == 7.0 and calls == [6]
+    assert line["step"] == 12 and line["parameters"] == 7.0 and calls == [12]
     assert len(line["max_activation/each"]) == 3 and 0 < line["attention_sink"] < 1
     assert "measured max_activation" in (tmp_path / "report.html").read_text()
     train.train(experiment, tmp_path)  # trained already: nothing is measured anew
-    assert calls == [6] and len(tiny.rows(tmp_path, "measured")) == 1
+    assert calls == [12] and len(tiny.rows(tmp_path, "measured")) == 1
 
     capsys.readouterr()
     values = measure(experiment, tmp_path, rows=8)
@@ -38,7 +37,7 @@ def test_measured_once_and_shown_again(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "attention_sink_uniform" in shown and "kurtosis" in shown
     kept = json.loads((tmp_path / "measured.json").read_text())
-    assert kept["step"] == 6 and kept["rows"] == 8 and kept["values"] == values and kept["left_out"] == []
+    assert kept["step"] == 12 and kept["rows"] == 8 and kept["values"] == values and kept["left_out"] == []
 
 
 def test_refusals(tmp_path):
@@ -51,7 +50,7 @@ def test_refusals(tmp_path):
         return {"max_activation": 1.0}
 
     with pytest.raises(UserError, match=r"Measure.tools has two tools that give 'max_activation'"):
-        measured((found, found), experiment, program, {})
+        Measure(tools=(found, found)).measured(program, {})
     # A statistic that cannot be is refused before the first step.
     experiment.data.validation = None
     with pytest.raises(UserError, match=r"Data.validation is not set"):

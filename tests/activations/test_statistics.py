@@ -15,7 +15,7 @@ from maxlike.activations.gates import Gates
 from maxlike.activations.kurtosis import Kurtosis, centered_excess, excess, gaussian_level
 from maxlike.activations.norms import Norms
 from maxlike.activations.sink import AttentionSink
-from maxlike.activations.statistic import together
+from maxlike.activations.statistic import Passes
 from maxlike.errors import UserError
 from maxlike.program import Program
 
@@ -52,7 +52,7 @@ def opened(experiment):
 def measured():
     experiment = load()
     program, state = opened(experiment)
-    return experiment, program, state, together(ALL, experiment, program, state)
+    return experiment, program, state, Passes(ALL)(experiment, program, state)
 
 
 def test_gaussian_vectors_have_the_published_level():
@@ -151,7 +151,7 @@ def test_without_preference_the_sink_is_the_uniform_level_and_gates_are_what_the
             "sinks": jnp.full_like(attention["sinks"], logits),
         }
         params = state["params"] | {"stack": state["params"]["stack"] | {"periods": {0: state_of(mixer)}}}
-        return together((AttentionSink(rows=ROWS), Gates(rows=ROWS)), experiment, program, state | {"params": params})
+        return Passes((AttentionSink(rows=ROWS), Gates(rows=ROWS)))(experiment, program, state | {"params": params})
 
     def state_of(mixer):
         return state["params"]["stack"]["periods"][0] | {"mixer": mixer}
@@ -162,6 +162,21 @@ def test_without_preference_the_sink_is_the_uniform_level_and_gates_are_what_the
     assert even["gate_mean"] == 0.5 and even["gate_below_0.5"] == 0.0
     assert even["gated_output"] == pytest.approx(even["attention_output"] / 2, rel=1e-5)
     assert with_(0.0, 0.0, 1e9)["attention_sink"] == 0.0  # all of it goes to the learned sink
+
+
+def test_another_seed_compiles_nothing_anew(measured):
+    class Counted(Norms):
+        def sums(self, seen):
+            traced.append(seen.real_BT.shape)
+            return super().sums(seen)
+
+    traced, (experiment, program, state, values) = [], measured
+    passes = Passes((Counted(rows=ROWS),))
+    again = experiment.rerun(seed=7, warm_start=None)
+    other = state | {"params": jax.tree.map(lambda p: 2 * p, state["params"])}
+    assert passes(experiment, program, state)["max_activation"] == pytest.approx(values["max_activation"], rel=1e-5)
+    assert passes(again, program.rerun(again), other)["max_activation"] != values["max_activation"]
+    assert len(traced) == 1
 
 
 def test_tokens_alone_have_no_context(measured):
@@ -179,7 +194,7 @@ def test_are_the_same_on_a_mesh():
     (program, state), (parallel, placed) = opened(one), opened(many)
     placed = placed | {"params": jax.device_put(jax.device_get(state["params"]), parallel.shardings["params"])}
     assert "order" in parallel.row_order.of_batch(rows_of(many))
-    alone, spread = together(ALL, one, program, state), together(ALL, many, parallel, placed)
+    alone, spread = Passes(ALL)(one, program, state), Passes(ALL)(many, parallel, placed)
     assert alone.keys() == spread.keys()
     for name in alone:
         np.testing.assert_allclose(spread[name], alone[name], rtol=2e-3, err_msg=name)
@@ -192,7 +207,7 @@ def test_refusals(measured):
         Kurtosis(context="alone")
     experiment, program, state, _ = measured
     with pytest.raises(UserError, match="two statistics give 'max_activation'"):
-        together((Norms(rows=1), Norms(rows=1)), experiment, program, state)
+        Passes((Norms(rows=1), Norms(rows=1)))(experiment, program, state)
     mamba = config.load("families/linear_attention", bindings=["dim = 16", "depth = 2", "layers = 1", "heads = 2"])
     with pytest.raises(UserError, match="AttentionSink finds no softmax attention"):
         AttentionSink().check(mamba)

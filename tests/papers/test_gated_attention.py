@@ -4,9 +4,11 @@ import jax
 import pytest
 
 from layers.attention_gate import AttentionGate
-from maxlike import config, train
+from maxlike import config
 from maxlike.compare.comparison import Comparison
-from tests import tiny
+from maxlike.hooks import Validate
+from maxlike.measure import Measure
+from maxlike.program import Program
 
 PAPER = "papers/gated_attention"
 TINY = (
@@ -16,7 +18,6 @@ TINY = (
     "depth = 2",
     "width = 32",
     "gated_width = 27",
-    "steps = 3",
     "experiment.Experiment.sequence_length = 32",
     "gates.Gates.rows = 8",
     "sink.AttentionSink.rows = 8",
@@ -79,12 +80,21 @@ def test_high_rates_are_three_times_the_others_and_change_nothing_else(slow, fas
     assert rates[1] == pytest.approx(3 * rates[0])
 
 
-def test_a_run_writes_what_the_rules_and_tables_name(tmp_path):
-    train.train(config.load(f"{PAPER}/g1_elementwise", bindings=TINY), tmp_path)
-    keys = {split: set(tiny.rows(tmp_path, split)[-1]) for split in ("train", "validation", "measured")}
+def test_the_arms_measure_what_the_rules_and_tables_name():
+    experiment = config.load(f"{PAPER}/g1_elementwise", bindings=TINY)
+    (hook,) = (hook for hook in experiment.hooks if isinstance(hook, Measure))
+    program = Program.of(experiment, experiment.mesh.open())
+    found = hook.measured(program, program.init())
     for name in (PAPER, f"{PAPER}_sink"):
-        asked = [criterion.metric for criterion in comparison(name).rule] + list(comparison(name).metrics)
-        for metric in asked:
-            kind, _, key = metric.partition("/")
-            split = kind if kind in keys else "train"
-            assert key.removesuffix("/area") in keys[split], metric
+        paper = comparison(name)
+        asked = {*(criterion.metric for criterion in paper.rule), *paper.metrics}
+        assert {metric.removeprefix("measured/") for metric in asked if metric.startswith("measured/")} <= found.keys()
+        others = {metric for metric in asked if not metric.startswith("measured/")}
+        assert others <= {
+            "validation/loss",
+            "validation/bits_per_byte",
+            "train/loss/area",
+            "eta/loss",
+            "spikes/loss",
+        }
+        assert any(isinstance(hook, Validate) for hook in experiment.hooks)
