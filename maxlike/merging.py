@@ -13,10 +13,10 @@ from flax import nnx
 
 from layers import merging
 from layers.axes import Buffer
-from maxlike.errors import UserError
 from maxlike.experiment import Experiment
-from maxlike.measure import Values, measured
+from maxlike.measure import Measure, Values
 from maxlike.program import Program
+from maxlike.tool import Tool
 
 
 def plain(experiment: Experiment) -> Experiment:
@@ -56,33 +56,34 @@ class _Made:
         shardings = merged.shardings["params"], merged.shardings["buffers"]
         return cls(source, merged, jax.jit(functools.partial(weights, source.experiment), out_shardings=shardings))
 
+    def serves(self, program: Program, experiment: Experiment) -> bool:
+        """Whether it is of that program, or of one that differs in its beginning alone."""
+        return self.source.layout is program.layout and self.source.serves(experiment)
 
-class Merged:
+
+class Merged(Tool):
     """Lets tools measure the merged weights (`Measure.tools`): each is called as it would be without this one, with the
     experiment, program and state of the merged network. The state has no optimizer's part.
 
-    tools: at least one. Raises UserError for none, and where two tools report one name.
+    tools: as of Measure.
     """
 
     def __init__(self, *, tools: tuple[Callable, ...]):
-        if not tools:
-            raise UserError("Merged.tools is empty: name at least one tool")
-        self.tools = tuple(tools)
+        self._measure = Measure(tools=tools)
         self._made: _Made | None = None
 
+    def check(self, experiment: Experiment) -> None:
+        self._measure.check(plain(experiment))
+
     def __call__(self, experiment: Experiment, program: Program, state: dict) -> Values:
-        if (
-            self._made is None
-            or self._made.source.layout is not program.layout
-            or not self._made.source.serves(experiment)
-        ):
+        if not (self._made and self._made.serves(program, experiment)):
             self._made = _Made.of(program)
         if self._made.merged.experiment.model is experiment.model:
-            return measured(self.tools, experiment, program, state)
-        merge, source = self._made.merge, state["buffers"]
+            return self._measure.measured(program, state)
+        merge, buffers = self._made.merge, state["buffers"]
         merged = self._made.merged.experiment.rerun(seed=experiment.seed, warm_start=experiment.warm_start)
         after = {name: state[name] for name in ("step", "seed", "guard")}
-        after["params"], after["buffers"] = merge(state["params"], source)
+        after["params"], after["buffers"] = merge(state["params"], buffers)
         if "ema" in state:
-            after["ema"] = merge(state["ema"], source)[0]
-        return measured(self.tools, merged, self._made.merged.rerun(merged), after)
+            after["ema"] = merge(state["ema"], buffers)[0]
+        return self._measure.measured(self._made.merged.rerun(merged), after)

@@ -18,6 +18,7 @@ from maxlike.convert.structure import Structure
 from maxlike.errors import UserError
 from maxlike.plan import layouts
 from maxlike.program import Program
+from maxlike.tool import Tool
 from maxlike.train import train
 from tests import tiny
 
@@ -107,11 +108,14 @@ def test_it_is_written_as_an_ordinary_llama(arms):
     assert family.model_type == "llama" and description["tie_word_embeddings"] is False
 
 
-class Look:
+class Look(Tool):
     """A tool that keeps what it is called with."""
 
     def __init__(self):
         self.seen = []
+
+    def check(self, experiment):
+        self.seen.append(experiment)
 
     def __call__(self, experiment, program, state):
         self.seen.append((experiment, program, state))
@@ -146,9 +150,12 @@ def test_tools_see_the_merged_weights(tmp_path):
         )
 
 
-def test_merged_refuses_no_tools():
-    with pytest.raises(UserError, match=r"Merged\.tools is empty"):
+def test_checks(arms):
+    with pytest.raises(UserError, match="tools is empty"):
         merging.Merged(tools=())
+    look = Look()
+    merging.Merged(tools=(look,)).check(arms["osp"])  # before training a tool may refuse, and what it sees is merged
+    assert type(look.seen[0].bare().embed) is Embed
 
 
 def test_a_trained_arm_is_measured_and_exported_as_a_llama(tmp_path, capsys):
