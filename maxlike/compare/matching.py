@@ -146,8 +146,8 @@ class CacheBytes(Counted):
 
 
 class StepTime(Match):
-    """Seconds of a training step as measured, the median over the steps of all seeds: known after the runs only. A run
-    that diverged counts with the steps it made."""
+    """Seconds of a training step as measured, the median over the steps of all seeds: known after the runs only, which
+    must have had the machine for themselves. A run that diverged counts with the steps it made."""
 
     quantity, unit = "measured step time", "s"
 

@@ -5,9 +5,11 @@ A run lies in `<directory>/<name>/seed_<seed>`, an ordinary run directory with p
 """
 
 import dataclasses
+import io
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -51,6 +53,16 @@ class Finished:
     directory: pathlib.Path
     experiment: Experiment
     diverged: str | None = None
+
+
+@runtime_checkable
+class Pointable(Protocol):
+    """A warm start that can begin from another run; its knob is called `source`."""
+
+    source: pathlib.Path
+
+    def from_run(self, source: pathlib.Path | str) -> "Pointable":
+        """The same from that run."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,13 +110,13 @@ def execute(
     """
     runs = _prepare(planned, pathlib.Path(directory), library or Library())
     share = _share(runs, shard)
+    out = None if jax.process_index() == 0 else io.StringIO()  # one process speaks for all
     with _claim(pathlib.Path(directory), shard), interrupt.listening():
         for run in share:
             records.begin(run.directory, run.fingerprint, run.planned.experiment)
         left = [run for run in share if run.finished() is None]
-        with Progress(
-            flops=sum(run.loaded.flops for run in left), runs=len(share), done=len(share) - len(left)
-        ) as shown:
+        flops, done = sum(run.loaded.flops for run in left), len(share) - len(left)
+        with Progress(flops=flops, runs=len(share), done=done, file=out) as shown:
             programs = _Programs()
             for run in left:
                 _make(run, shown, programs)
@@ -183,10 +195,10 @@ def _run(one: Planned, directory: pathlib.Path, library: Library, ancestor: _Run
     loaded = library.load(one.experiment, one.overlays, one.bindings)
     experiment, warm_start = loaded.experiment, loaded.experiment.warm_start
     if ancestor is not None:
-        if warm_start is None:
+        if not isinstance(warm_start, Pointable):
             raise UserError(
-                f"{one.experiment} begins from {ancestor.planned.name} and has no warm start: bind "
-                "Experiment.warm_start in it, such as @warm_start.WarmStart()"
+                f"{one.experiment} begins from {ancestor.planned.name} and has no warm start that takes another "
+                "source: bind Experiment.warm_start in it, such as @warm_start.WarmStart()"
             )
         warm_start = warm_start.from_run(ancestor.directory)
     experiment = experiment.rerun(seed=experiment.seed + one.seed, warm_start=warm_start)
