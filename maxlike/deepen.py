@@ -1,5 +1,6 @@
 """Depth upscaling: a deeper model begins with copies of a trained one's layers."""
 
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Literal, Self
@@ -23,7 +24,8 @@ class Deepen:
 
     source: a run directory, its `checkpoints`, or one checkpoint in it; the newest intact one is taken.
     window: (a, b), layers a to b - 1 of the source are put a second time directly behind b - 1, as a block: 0 .. b - 1,
-        a .. b - 1, b .. end. Yi's 9B is (12, 28) of 32 layers, SOLAR's (8, 24).
+        a .. b - 1, b .. end. Yi's 9B is (12, 28) of 32 layers, SOLAR's (8, 24). A number n chooses the n layers in a
+        row that change the residual stream least, by the cosines that `--job measure` left in the source's run.
     layers: instead of a window, the source's layer for each layer here, in any order.
     skip: layers at each end that a window leaves alone, >= 0: those change the residual stream most.
     stack: path of the stack, where the network has several. tree: "params", or "ema" for averaged weights.
@@ -36,7 +38,7 @@ class Deepen:
         self,
         *,
         source: str,
-        window: tuple[int, int] | None = None,
+        window: tuple[int, int] | int | None = None,
         layers: tuple[int, ...] | None = None,
         skip: int = 2,
         stack: str = "stack",
@@ -47,7 +49,7 @@ class Deepen:
         if skip < 0:
             raise UserError(f"Deepen.skip={skip} is no number of layers: use 0 or more")
         self.source, self.tree = pathlib.Path(source), tree
-        self.window = None if window is None else tuple(window)
+        self.window = window if window is None or isinstance(window, int) else tuple(window)
         self.layers = None if layers is None else tuple(layers)
         self.skip, self.stack = skip, stack
 
@@ -86,7 +88,10 @@ class Deepen:
                 "PATH/periods/..."
             )
         depth, depth_here = weights.leaves[found[0]].shape[0], here[wanted[0]].shape[0]
-        order = order_of(self.window, self.layers, depth, self.skip)
+        window = self.window
+        if isinstance(window, int):
+            window = best_window(_cosines(weights, depth), window, self.skip)
+        order = order_of(window, self.layers, depth, self.skip)
         if self.window is not None and any(not within(path, f"{self.stack}/periods/0") for path in found):
             raise UserError(
                 f"Deepen.window={self.window}: the pattern of {weights.directory} has several blocks, which may "
@@ -98,6 +103,37 @@ class Deepen:
                 f"{depth_here}: set it to {len(order)} times the length of the pattern, or change the layers"
             )
         return order
+
+
+def _cosines(weights: Weights, depth: int) -> list[float]:
+    """The cosine of each layer of a run, from its measured.json."""
+    path = weights.directory.parent.parent / "measured.json"
+    how = "run `--job measure` on the source first, or give Deepen.window as (a, b)"
+    try:
+        content = json.loads(path.read_text())
+        step, cosines = content["step"], [float(x) for x in content["values"]["layer_cosine/each"]]
+    except FileNotFoundError:
+        raise UserError(f"there is no {path} to choose the layers by: {how}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} holds no cosines of layers: {how}") from None
+    if step != weights.record.step or len(cosines) != depth:
+        raise UserError(
+            f"{path} has {len(cosines)} layers at step {step}, and the stack to deepen {depth} at step "
+            f"{weights.record.step}: {how}"
+        )
+    return cosines
+
+
+def best_window(cosines: list[float], size: int, skip: int) -> tuple[int, int]:
+    """(a, b) of the `size` layers in a row with the largest mean cosine, `skip` layers at each end left alone."""
+    starts = range(skip, len(cosines) - skip - size + 1)
+    if size < 1 or not starts:
+        raise UserError(
+            f"Deepen.window={size}: no {size} layers in a row are in [{skip}, {len(cosines) - skip}], the source "
+            f"without Deepen.skip={skip} at each end: take fewer"
+        )
+    start = max(starts, key=lambda a: sum(cosines[a : a + size]))
+    return start, start + size
 
 
 def order_of(window: tuple[int, int] | None, layers: tuple[int, ...] | None, depth: int, skip: int) -> tuple[int, ...]:

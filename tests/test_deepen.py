@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from layers.context import Context
 from maxlike import config, passport
 from maxlike.checkpoint import Checkpoints
-from maxlike.deepen import Deepen, order_of
+from maxlike.deepen import Deepen, best_window, order_of
 from maxlike.errors import UserError
 from maxlike.evaluate.validation import evaluate
 from maxlike.train import train
@@ -64,6 +65,23 @@ def test_windows_are_those_of_the_papers():
     assert order_of((12, 28), None, 32, 2) == (*range(28), *range(12, 28), *range(28, 32))
     assert order_of((8, 24), None, 32, 2) == (*range(24), *range(8, 32))
     assert order_of(None, (3, 0, 0), 4, 2) == (3, 0, 0)
+
+
+def test_a_number_of_layers_takes_those_that_do_least(source):
+    """The cosines are an eight-layer model's; its ends are the outliers, as the method assumes."""
+    cosines = [0.65, 0.96, 0.97, 0.96, 0.98, 0.96, 0.92, 0.87]
+    assert best_window(cosines, 2, 1) == (3, 5) and best_window(cosines, 4, 2) == (2, 6)
+    with pytest.raises(UserError, match=r"no 5 layers in a row are in \[2, 6\]"):
+        best_window(cosines, 5, 2)
+    measured, fresh = source / "measured.json", params_of(5, seed=1)
+    with pytest.raises(UserError, match="run `--job measure` on the source first"):
+        deepened(source, fresh, window=1, skip=1)
+    for step, each, message in ((9, [1.0], "has 1 layers at step 9"), (8, [1.0] * 4, "4 layers at step 8, .* step 9")):
+        measured.write_text(json.dumps({"step": step, "values": {"layer_cosine/each": each}}))
+        with pytest.raises(UserError, match=message):
+            deepened(source, fresh, window=1, skip=1)
+    measured.write_text(json.dumps({"step": 9, "values": {"layer_cosine/each": [0.99, 0.9, 0.95, 0.99]}}))
+    assert deepened(source, fresh, window=1, skip=1)[1][0]["done"] == {"layers": [0, 1, 2, 2, 3]}
 
 
 def test_layers_are_exact_copies_and_silent_ones_change_nothing(source):

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from maxlike.activations.gates import Gates
 from maxlike.activations.kurtosis import Kurtosis
+from maxlike.activations.layer_cosine import LayerCosine
 from maxlike.activations.norms import Norms
 from maxlike.activations.sink import AttentionSink
 from maxlike.activations.statistic import Passes, Statistic, Values
@@ -16,7 +17,7 @@ from maxlike.experiment import Experiment
 from maxlike.restore import restore
 from maxlike.run_dir import RunDirectory
 
-STATISTICS = (Kurtosis, Norms, AttentionSink, Gates)
+STATISTICS = (Kurtosis, Norms, AttentionSink, Gates, LayerCosine)
 
 
 def measure(
@@ -27,7 +28,8 @@ def measure(
     single_token: bool = False,
     checkpoint: int | None = None,
 ) -> Values:
-    """Kurtosis, norms, attention sink and gates of a run's checkpoint, as a table by layer and in `measured.json`.
+    """Kurtosis, norms, attention sink, gates and the layers' cosines of a run's checkpoint, as a table by layer and in
+    `measured.json`.
 
     rows: of the validation split, >= 1. single_token: the kurtosis of each token alone in its row too, which is what
     the outlier-safe paper's script computes. checkpoint: the step to measure; by default the newest. A statistic that
