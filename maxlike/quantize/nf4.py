@@ -1,5 +1,6 @@
 """NF4 and FP4: sixteen values of a code book, scaled by the largest number of a block."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -54,19 +55,24 @@ class NF4:
     def __call__(self, w_IO: jax.Array, hessian: None = None) -> Quantized:
         inputs, outputs = w_IO.shape
         self.check(inputs, outputs, "this matrix")
-        w_Nb = jnp.reshape(w_IO.astype(jnp.float32).T, (-1, self.block))
-        scales_N = jnp.max(jnp.abs(w_Nb), 1)
-        scales_N = _eight_bits(scales_N) if self.double else scales_N
-        boundaries = (self.values[1:] + self.values[:-1]) / 2
-        codes_Nb = jnp.searchsorted(boundaries, w_Nb / jnp.where(scales_N > 0, scales_N, 1.0)[:, None])
-        weight_Nb = jnp.asarray(self.values)[codes_Nb] * scales_N[:, None]
-        return Quantized(
-            jnp.reshape(weight_Nb, (outputs, inputs)).T,
-            jnp.reshape(codes_Nb, (outputs, inputs)).T.astype(jnp.uint8),
-            scales_N[:, None],
-            None,
-            self.cost(inputs, outputs),
-        )
+        weight_IO, codes_IO, scales_N = _nearest(self, w_IO.astype(jnp.float32))
+        return Quantized(weight_IO, codes_IO, scales_N[:, None], None, self.cost(inputs, outputs))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nearest(book: NF4, w_IO: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    w_Nb = jnp.reshape(w_IO.T, (-1, book.block))
+    scales_N = jnp.max(jnp.abs(w_Nb), 1)
+    scales_N = _eight_bits(scales_N) if book.double else scales_N
+    boundaries = (book.values[1:] + book.values[:-1]) / 2
+    codes_Nb = jnp.searchsorted(boundaries, w_Nb / jnp.where(scales_N > 0, scales_N, 1.0)[:, None])
+    weight_Nb = jnp.asarray(book.values)[codes_Nb] * scales_N[:, None]
+    outputs_first = w_IO.shape[::-1]
+    return (
+        jnp.reshape(weight_Nb, outputs_first).T,
+        jnp.reshape(codes_Nb, outputs_first).T.astype(jnp.uint8),
+        scales_N,
+    )
 
 
 def _eight_bits(scales_N: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Rounding to nearest."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +29,7 @@ class RTN:
         return Quantized(weight_IO, codes_IO, scales_GO, zeros_GO, self.grid.cost(inputs))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _nearest(grid: Grid, w_IO: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     w_GgO = jnp.reshape(w_IO, (-1, grid.group or w_IO.shape[0], w_IO.shape[1]))
     scales_GO, zeros_GO = grid.fit(w_GgO)

@@ -253,3 +253,14 @@ def test_blocks_of_a_width_without_a_hadamard_matrix_and_routers_that_stay():
 def test_refusals(make, sentence):
     with pytest.raises(UserError, match=sentence):
         make()
+
+
+@pytest.mark.meshes
+@pytest.mark.parametrize("method", ["rtn", "had", "gptq"])
+def test_a_mesh_changes_nothing(method):
+    found = []
+    for overlays in ((), ("mesh/fsdp_tp",)):
+        experiment = tiny.load(overlays=overlays)
+        program = Program.of(experiment, experiment.mesh.open())
+        found.append(QuantizedLoss(method=method, batches=2, rows=8)(experiment, program, program.init()))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)

@@ -13,6 +13,7 @@ from maxlike.quantize.rtn import RTN
 from tests.reference import quantize as naive
 
 I, O = 48, 12
+GRIDS = {bits: Grid(bits=bits, search=False) for bits in (2, 3, 4)}  # the same object compiles once
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_ties_go_to_the_even_code():
 @pytest.mark.parametrize("levels", ["symmetric", "asymmetric", "half_step"])
 def test_zeros_stay_zero(levels):
     w = jnp.zeros((8, 2)).at[4:, 0].set(jnp.array([1.0, 0.0, -0.3, 0.2]))
-    q = RTN(Grid(bits=3, levels=levels, group=4))(w).weight_IO
+    q = RTN(Grid(bits=3, levels=levels, group=4, search=False))(w).weight_IO
     assert not np.any(q[:4]) and not np.any(q[:, 1]) and q[5, 0] == 0 and q[4, 0] != 0
 
 
@@ -64,15 +65,14 @@ def test_rounding_to_nearest_is_the_naive_twin_with_and_without_its_search(matri
 
 
 def test_bits_a_weight_count_the_scales(matrices):
-    w, _ = matrices
-    assert RTN(Grid(bits=4, group=16))(w).bits == 5
-    assert RTN(Grid(bits=4, levels="asymmetric", group=16))(w).bits == 6
-    assert NF4()(w).bits == 4.5 and NF4(double=True).cost(I, O) == 4 + 8 / 64 + 32 / (64 * 256)
+    assert RTN(Grid(bits=4, group=16, search=False))(matrices[0]).bits == 5
+    assert RTN(Grid(bits=4, levels="asymmetric", group=16)).cost(I, O) == 6
+    assert NF4().cost(I, O) == 4.5 and NF4(double=True).cost(I, O) == 4 + 8 / 64 + 32 / (64 * 256)
 
 
 def test_gptq_is_obq_in_the_order_of_the_inputs(matrices):
     w, h = matrices
-    grid = Grid(bits=3)
+    grid = GRIDS[3]
     made = GPTQ(grid, block=16)(w, h)
     scales = np.asarray(RTN(grid)(w).scales_GO[0], np.float64)
     np.testing.assert_allclose(made.weight_IO.T, naive.obq(w.T, h, scales, 3), atol=1e-5)
@@ -92,7 +92,7 @@ def test_scales_of_a_group_are_those_of_the_weight_as_it_stands_there(matrices):
 
 def test_without_correlation_gptq_rounds_to_nearest(matrices):
     w, _ = matrices
-    grid = Grid(bits=3, group=16)
+    grid = Grid(bits=3, group=16, search=False)
     diagonal = np.diag(np.linspace(1, 5, I)).astype(np.float32)
     for knobs in ({}, {"act_order": True, "static_groups": True}):
         made = GPTQ(grid, **knobs)(w, diagonal)
@@ -102,7 +102,7 @@ def test_without_correlation_gptq_rounds_to_nearest(matrices):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_gptq_serves_the_outputs_better_than_rounding_to_nearest(matrices, bits):
     w, h = matrices
-    grid = Grid(bits=bits)
+    grid = GRIDS[bits]
     plain = output_error(w, RTN(grid)(w), h)
     assert output_error(w, GPTQ(grid)(w, h), h) < 0.8 * plain
 
@@ -111,14 +111,14 @@ def test_inputs_that_never_occur_and_a_singular_hessian(matrices):
     w, h = matrices
     h = h.copy()
     h[5] = h[:, 5] = 0
-    made = GPTQ(Grid(bits=4))(w, h)
+    made = GPTQ(GRIDS[4])(w, h)
     assert not np.any(made.weight_IO[5]) and made.damp == 0.01 and np.all(np.isfinite(made.weight_IO))
     # Not positive definite by more than the first damping: it is raised, and said.
     bent = np.eye(I, dtype=np.float32)
     bent[0, 1] = bent[1, 0] = 1.05
-    assert GPTQ(Grid(bits=4), damp=0.01)(w, bent).damp == pytest.approx(0.1)
+    assert GPTQ(GRIDS[4])(w, bent).damp == pytest.approx(0.1)
     with pytest.raises(UserError, match="not positive definite"):
-        GPTQ(Grid(bits=4))(w, np.full((I, I), np.nan, np.float32))
+        GPTQ(GRIDS[4])(w, np.full((I, I), np.nan, np.float32))
 
 
 def test_the_code_book_of_nf4_is_made_of_normal_quantiles():
