@@ -45,7 +45,7 @@ class Configuration:
     name: the experiment's name. doc: its one-line documentation. source: the gin text that was parsed.
     operative: every value that was in force, defaults included; as a file it reruns the same experiment.
     job: the function that the job file names, or None.
-    overlays, bindings: what is for the experiments in a noun that has some, such as a comparison.
+    overlays, bindings: what is for the experiments in a noun that has some, such as a comparison. own: what is for it.
     unused: {overlay's or --set's binding: the sentence that refuses it}, where `load` was asked to keep those.
     """
 
@@ -56,6 +56,7 @@ class Configuration:
     job: Callable | None = None
     overlays: tuple[str, ...] = ()
     bindings: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
     unused: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -129,10 +130,11 @@ def load(
         configuration.overlays = tuple(overlays)
         configuration.bindings = tuple(text for text in bindings if not _is_own(text, check))
         overlays, bindings = (), [text for text in bindings if text not in configuration.bindings]
-    own = len(check.bindings)
+        configuration.own = tuple(bindings)
+    first = len(check.bindings)
     for overlay in overlays:
         check.read_file(catalog.find("overlay", overlay))
-    shared = check.bindings[own:]
+    shared = check.bindings[first:]
     job = job or (None if _binds_job(check) else default_job)
     if job is not None:
         check.read_file(catalog.find("job", job))

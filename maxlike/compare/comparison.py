@@ -92,6 +92,11 @@ class Comparison(Noun):
         """Of every arm that has a use for them, from the command line."""
         return () if self.config is None else self.config.bindings
 
+    @property
+    def own_bindings(self) -> tuple[str, ...]:
+        """Of the comparison itself, from the command line."""
+        return () if self.config is None else self.config.own
+
     def ancestors(self, arm: str) -> tuple[str, ...]:
         """The arms that `arm` begins from, the nearest first; a circle is followed once."""
         found: list[str] = []

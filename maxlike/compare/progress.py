@@ -14,8 +14,9 @@ from maxlike.console import Console, LiveLine, Start, duration
 class Progress:
     """How many runs are done, which one is being trained, and when all will be.
 
-    flops: of all runs to be made, for the ETA: seconds for a FLOP are measured as the runs go, with all that they
-        spend beside their steps. runs: how many there are in all; done: how many were there before.
+    flops: of all runs to be made, for the ETA. Seconds for a FLOP are measured as the runs go: of those that are over
+        with all that they spent beside their steps, of the one in progress from its first step.
+    runs: how many there are in all; done: how many were there before.
     file, plain, clock: see `LiveLine`.
     """
 
@@ -30,12 +31,12 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._flops, self._runs, self._done, self._clock = flops, runs, done, clock
-        self._spent = 0.0  # FLOPs of runs that are over
-        self._skipped = 0.0  # of steps that were trained before
+        self._gone = 0.0  # FLOPs of runs that are over
+        self._measured = self._seconds = 0.0  # of them, FLOPs that were spent here, and what they took
         self._now: tuple[str, float, int] | None = None  # name, FLOPs and steps of the run in progress
+        self._began = self._stepping = 0.0  # when it did, and when its first step was over
         self._first = self._step = 0
         self._loss: float | None = None
-        self._began = clock()
         self._lock = threading.Lock()
         self._live = LiveLine(self._line, file=file, plain=plain, clock=clock)
 
@@ -53,35 +54,38 @@ class Progress:
         """The screen of the next run, which costs so many FLOPs; its own words go to the file `log`."""
         with self._lock:
             self._now, self._first, self._step, self._loss = (name, flops, steps), 0, 0, None
+            self._began = self._clock()
         return RunScreen(self, steps, log)
 
     def stepped(self, step: int, values: Mapping[str, float | None]) -> None:
         """Steps of the run in progress."""
         with self._lock:
             if not self._first:
-                self._first = step
-                _, flops, steps = self._now
-                self._skipped += flops * (step - 1) / steps
+                self._first, self._stepping = step, self._clock()
             self._step, self._loss = step, values.get("loss", self._loss)
         self._live.changed()
 
     def end(self, sentence: str) -> None:
         """The run in progress is over; `sentence` says how."""
         with self._lock:
-            self._spent += self._now[1]
+            _, flops, steps = self._now
+            self._gone += flops
+            self._measured += flops * (self._step - self._first + 1) / steps if self._first else 0.0
+            self._seconds += self._clock() - self._began
             self._now, self._done = None, self._done + 1
         self.say(f"{self._done}/{self._runs}  {sentence}")
 
     @property
     def eta(self) -> float | None:
-        """Seconds until all runs are done; None before the first step."""
+        """Seconds until all runs are done; None before anything is measured."""
         with self._lock:
-            gone = self._spent
-            if self._now is not None:
+            gone, measured, seconds = self._gone, self._measured, self._seconds
+            if self._now is not None and self._first:
                 _, flops, steps = self._now
                 gone += flops * self._step / steps
-            here = gone - self._skipped
-            return (self._clock() - self._began) * (self._flops - gone) / here if here > 0 else None
+                measured += flops * (self._step - self._first) / steps
+                seconds += self._clock() - self._stepping
+            return seconds * (self._flops - gone) / measured if measured > 0 else None
 
     def _line(self) -> Text:
         eta = self.eta

@@ -264,7 +264,7 @@ def command(comparison: Comparison, seeds: int) -> str:
     words = ["python", "-m", "launch", "--experiment", "NAME" if comparison.config is None else comparison.config.name]
     for overlay in comparison.overlays:
         words += ["--overlay", overlay]
-    for binding in comparison.bindings:
+    for binding in (*comparison.own_bindings, *comparison.bindings):
         words += ["--set", binding]
     return shlex.join(words + (["--seeds", str(seeds)] if seeds != comparison.seeds else []))
 

@@ -65,6 +65,7 @@ def test_bindings_go_to_the_comparison_or_to_the_arms_that_know_them(tmp_path):
     comparison = toy.load(name, own, shared, of_b, overlays=("cpu",))
     assert comparison.match.tolerance == 0.5
     assert comparison.bindings == (shared, of_b)
+    assert comparison.own_bindings == (own,)
     assert comparison.overlays == ("cpu",)
     loaded = compare.load(comparison, Library())
     assert [one.experiment.steps for one in loaded.values()] == [3, 3]

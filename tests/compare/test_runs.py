@@ -1,6 +1,5 @@
 """Runs on tiny experiments. The programs compile once in the session: arms differ in what is no part of a program."""
 
-import contextlib
 import io
 import json
 import os
@@ -9,13 +8,14 @@ import signal
 import jax.monitoring
 import pytest
 
-from maxlike import log
+from maxlike import config, log
 from maxlike.compare import library, runs
 from maxlike.compare.progress import Progress
 from maxlike.compare.runs import Planned, execute
 from maxlike.errors import UserError
 from maxlike.hooks import Validate
 from maxlike.run_dir import RunDirectory
+from maxlike.train import train
 from tests import tiny
 from tests.compare import toy
 
@@ -84,6 +84,13 @@ def test_a_run_begins_with_the_parameters_of_the_run_of_the_same_number(made):
     for a, b in zip(finished[:2], finished[2:]):
         assert f"source = '{a.directory}'" in (b.directory / "config.gin").read_text().replace("\\\n    ", "")
         assert tiny.losses(b.directory)[1] < tiny.losses(a.directory)[1] - 0.05
+
+
+def test_a_run_alone_by_its_config_is_the_same_run(made, tmp_path):
+    _, finished, _ = made
+    alone = config.load(str(finished[-1].directory / "config.gin"))
+    train(alone, tmp_path)
+    assert tiny.losses(tmp_path) == tiny.losses(finished[-1].directory)
 
 
 def test_a_second_seed_compiles_nothing(made):
@@ -179,16 +186,21 @@ def test_what_cannot_be_planned_is_refused(arms, tmp_path):
 
 
 def test_the_eta_is_of_the_flops_that_are_left_by_those_that_were_measured(tmp_path):
-    clock, out = iter([0.0] + [10.0] * 100).__next__, io.StringIO()
-    with contextlib.closing(out), Progress(flops=100.0, runs=3, done=1, file=out, clock=clock) as shown:
+    now, out = 0.0, io.StringIO()
+    with Progress(flops=100.0, runs=3, done=1, file=out, plain=0.0, clock=lambda: now) as shown:
         screen = shown.begin("a seed 0", 40.0, 4, tmp_path / "log.txt")
+        now = 50.0  # it compiles, which says nothing of its steps
+        screen.update(2, {"loss": 3.0})  # resumed after one step of ten FLOPs
         assert shown.eta is None
-        screen.update(3, {"loss": 2.0})  # resumed after two steps of ten FLOPs each
-        screen.close()
+        now = 60.0
+        screen.update(3, {"loss": 2.0})
         assert shown.eta == pytest.approx(10.0 * (100 - 30) / 10)
-        shown.end("a seed 0: over")
         assert "1/3 runs done  a seed 0  step 3/4  loss 2.0000  ETA 1 min 10 s" in out.getvalue()
+        screen.update(4, {"loss": 2.0})
+        screen.close()
+        shown.end("a seed 0: over")
         assert "2/3  a seed 0: over" in out.getvalue()
+        assert shown.eta == pytest.approx(60.0 * (100 - 40) / 30)  # compiling is a part of what a run takes
     assert "loss 2.0000" in (tmp_path / "log.txt").read_text()
 
 
