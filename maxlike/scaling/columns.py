@@ -17,7 +17,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     """The content of a sweep.json. Raises UserError where there is none."""
     try:
         content = json.loads(path.read_text())
-        return content | {"runs": list(content["runs"]), "short": dict(content["short"])}
+        return content | {"runs": list(content["runs"]), "short": dict(content["short"]), "planned": content["planned"]}
     except FileNotFoundError:
         raise UserError(f"there is no {path}: run the sweep first, with the same --run_dir") from None
     except (ValueError, KeyError, TypeError) as error:

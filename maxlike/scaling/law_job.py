@@ -45,6 +45,8 @@ def law(
     ended = [one for one in content["runs"] if one["diverged"] is None]
     if len(ended) < len(content["runs"]):
         print(f"{len(content['runs']) - len(ended)} of {len(content['runs'])} runs diverged and are left out")
+    if len(content["runs"]) < content["planned"]:
+        print(f"{content['planned'] - len(content['runs'])} of {content['planned']} runs are not done yet")
     runs = Runs(ended, content["short"])
     runs.keep(where)
     if not x:

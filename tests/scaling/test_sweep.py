@@ -1,5 +1,6 @@
 """A sweep from its gin file to its records, and the law fitted to them."""
 
+import dataclasses
 import json
 import re
 
@@ -8,9 +9,10 @@ import pytest
 
 from maxlike import config
 from maxlike.compare.library import Library
+from maxlike.compare.runs import execute
 from maxlike.errors import UserError
 from maxlike.noun import Noun
-from maxlike.scaling import law_job, sweep_job
+from maxlike.scaling import law_job, sweep_job, sweep_plot
 from maxlike.scaling.points import Product
 from maxlike.scaling.sweep import Sweep
 from tests import tiny
@@ -69,6 +71,15 @@ def test_a_sweep_runs_every_point_once_and_records_all_metrics(base, tmp_path, c
     sweep.config.job(sweep, run)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("metrics.jsonl")} == before
     assert json.loads((run / "sweep.json").read_text()) == content
+    # A run that diverged is recorded without metrics, shown last, and a cross in the picture.
+    point, planned = sweep.planned()[0]
+    lost = dataclasses.replace(execute([planned], run)[0], diverged="step 2 is bad")
+    records = [sweep_job.record(lost, point, run), *content["runs"][2:]]
+    assert records[0]["diverged"] == "step 2 is bad" and set(records[0]["metrics"].values()) == {None}
+    capsys.readouterr()
+    sweep_job.show(records, sweep.short, sweep.metric)
+    assert re.search(r"0.01 .*\n0.001\s+diverged\s+-\s+1\s+1", capsys.readouterr().out)
+    assert sweep_plot.draw(records, sweep.short, sweep.metric)[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +128,7 @@ def swept(tmp_path):
             runs.append({"point": point, "seed": 0, "run": "", "diverged": None, "facts": facts, "metrics": metrics})
     runs.append(runs[0] | {"diverged": "step 3 is bad", "metrics": {"validation/loss": None}})
     short = {"steps": "steps", "adamw.AdamW.lr": "lr"}
-    content = {"experiment": "quickstart", "metric": "validation/loss", "short": short, "planned": 21, "runs": runs}
+    content = {"experiment": "quickstart", "metric": "validation/loss", "short": short, "planned": 23, "runs": runs}
     (tmp_path / "sweep.json").write_text(json.dumps(content))
     return Sweep(experiment="quickstart", points=Product(knobs={"steps": (1,)}))
 
@@ -125,7 +136,11 @@ def swept(tmp_path):
 def test_the_job_fits_what_the_sweep_found(swept, tmp_path, capsys):
     law_job.law(swept, tmp_path, x=("tokens",), at=("tokens=8e6",), others="lowest")
     out = capsys.readouterr().out
-    assert "1 of 21 runs diverged" in out and "validation/loss = a tokens^b" in out
+    assert (
+        "1 of 21 runs diverged" in out
+        and "2 of 23 runs are not done yet" in out
+        and "validation/loss = a tokens^b" in out
+    )
     assert "EXTRAPOLATED: tokens is 10 times outside the fitted range" in out
     content = json.loads((tmp_path / "law.json").read_text())
     assert content["law"]["parameters"]["b"]["value"] == pytest.approx(-0.1, abs=0.005)
