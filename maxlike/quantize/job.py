@@ -82,18 +82,22 @@ def quantize(
     weights = quantize_weights(experiment, params, state["buffers"], recipe, calibration)
     cost = Evaluator(program, recipe)(state, weights.params, batches)
     report = _report(run_dir, step, recipe, params, weights, cost)
-    _show(recipe, weights, report)
+    _show(weights, report)
     _write(experiment, pathlib.Path(run_dir), step, state, weights, report, target)
     return cost
 
 
 def _destination(run_dir: pathlib.Path, recipe: Recipe, destination: str | None) -> pathlib.Path:
-    name = recipe.name + ("" if recipe.group is None else f"_g{recipe.group}")
-    name += "" if recipe.levels == "symmetric" else f"_{recipe.levels}"
-    target = pathlib.Path(run_dir) / "quantized" / name if destination is None else pathlib.Path(destination)
+    target = pathlib.Path(run_dir) / "quantized" / _label(recipe) if destination is None else pathlib.Path(destination)
     if target.exists():
         raise UserError(f"{target} exists: name a new directory with --destination, or remove it")
     return target.absolute()
+
+
+def _label(recipe: Recipe) -> str:
+    """The recipe in a word that names a directory."""
+    name = recipe.name + ("" if recipe.group is None else f"_g{recipe.group}")
+    return name + ("" if recipe.levels == "symmetric" else f"_{recipe.levels}")
 
 
 def _report(
@@ -105,6 +109,7 @@ def _report(
     rest = KEPT_BYTES * (numbers - sum(quantized.values()))
     return {
         "source": {"run": str(pathlib.Path(run_dir).absolute()), "step": step},
+        "name": _label(recipe),
         "recipe": dataclasses.asdict(recipe),
         "layers": [
             {
@@ -129,12 +134,12 @@ def _report(
     }
 
 
-def _show(recipe: Recipe, weights: Weights, report: dict[str, Any]) -> None:
-    title = f"{recipe.name}, step {report['source']['step']}; error: |W - Q|² / |W|²"
+def _show(weights: Weights, report: dict[str, Any]) -> None:
+    title = f"{report['name']}, step {report['source']['step']}; error: |W - Q|² / |W|²"
     table = Table(title=title, title_justify="left")
     table.add_column("in the blocks", no_wrap=True)
-    for column in ("layers", "shape", "bits a weight", "error", "worst"):
-        table.add_column(column, justify="right")
+    for column in ("layers", "shape", "bits", "error", "worst"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in report["layers"]:
         errors, (inputs, outputs) = row["relative_error"], row["shape"]
         means = f"{row['bits']:.3f}", f"{sum(errors) / len(errors):.1e}", f"{max(errors):.1e}"
@@ -176,7 +181,7 @@ def _write(
             return
         tree = "ema" if "ema" in state else "params"
         record = files.read_record(source)
-        stamps = passport.stamped("quantize", source, record, tree, {"recipe": target.name})
+        stamps = passport.stamped("quantize", source, record, tree, {"recipe": report["name"]})
         quantized = state | {"params": weights.params} | ({"ema": weights.params} if "ema" in state else {})
         store = experiment.checkpoints.open(run.checkpoints, say=print)
         store.save(step, quantized, record.metadata | {"passport": stamps})

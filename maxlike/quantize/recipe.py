@@ -37,7 +37,7 @@ class Recipe:
     group: inputs that share a scale (a block of NF4, 64 by default), None for all of an output.
     levels, search: see Grid.
     hadamard_blocks: where a width has no Hadamard matrix here, rotate blocks of its largest power-of-two divisor.
-    Refuses other bits, and NF4 of other than 4.
+    Refuses other bits, and NF4 of other than 4 bits or with levels.
     """
 
     weights: int = 4
@@ -58,6 +58,8 @@ class Recipe:
             raise UserError(
                 f"Recipe.weights={self.weights} with method 'nf4', which has 4 bits: use 4, or another method"
             )
+        if self.rounding == "nf4" and self.levels != "symmetric":
+            raise UserError(f"Recipe.levels={self.levels!r} with method 'nf4', which has a code book: leave it out")
         self.quantizer()  # refuses
 
     @property

@@ -61,6 +61,7 @@ def test_a_quantized_run_is_used_like_any_other(trained, capsys):
     assert np.array_equal(state["ema"]["embed"]["table"], original["ema"]["embed"]["table"])
     stamps = passport.read(target / "checkpoints" / "8")
     assert [stamp["tool"] for stamp in stamps] == ["quantize"] and stamps[0]["tree"] == "ema"
+    assert stamps[0]["done"] == {"recipe": "w4a16kv16_g8"}
 
     whole = quantize(experiment, run, bits=4, group=8, destination=str(target.with_name("whole")))
     assert evaluate(experiment, target)["loss"] == pytest.approx(whole.after["loss"], rel=1e-5)

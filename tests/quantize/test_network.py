@@ -245,6 +245,7 @@ def test_blocks_of_a_width_without_a_hadamard_matrix_and_routers_that_stay():
         (lambda: Recipe(cache=1), "Recipe.cache=1"),
         (lambda: Recipe(method="awq"), "Recipe.method='awq'"),
         (lambda: Recipe(weights=3, method="nf4"), "which has 4 bits"),
+        (lambda: Recipe(method="nf4", levels="asymmetric"), "which has a code book"),
         (lambda: QuantizedLoss(batches=0), "QuantizedLoss.batches=0"),
         (lambda: QuantizedLoss(rows=0), "QuantizedLoss.rows=0"),
         (lambda: Calibration.of(tiny.load(), 0), "is empty"),
