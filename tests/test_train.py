@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maxlike import interrupt
-from maxlike.errors import UserError
+from maxlike.errors import Diverged, UserError
 from maxlike.evaluate.validation import evaluate
 from maxlike.guard import Guard
 from maxlike.hooks import Hook, Validate
@@ -141,12 +141,12 @@ def test_a_bad_step_is_skipped_and_named(tmp_path, capsys):
 
 
 def test_too_many_bad_steps_in_a_row_stop(tmp_path):
-    with pytest.raises(UserError, match=r"step 6 is bad: .*documents austen.*2 bad steps in a row"):
+    with pytest.raises(Diverged, match=r"step 6 is bad: .*documents austen.*2 bad steps in a row"):
         train(poisoned(Guard(patience=2)), tmp_path)
 
 
 def test_the_policy_stop(tmp_path):
-    with pytest.raises(UserError, match=r"step 5 is bad.*--job data --step 4"):
+    with pytest.raises(Diverged, match=r"step 5 is bad.*--job data --step 4"):
         train(poisoned(Guard(on_bad="stop")), tmp_path)
     assert (tmp_path / "checkpoints" / "4").is_dir()
 

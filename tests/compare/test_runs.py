@@ -12,7 +12,7 @@ from maxlike import config, log
 from maxlike.compare import library, runs
 from maxlike.compare.progress import Progress
 from maxlike.compare.runs import Planned, execute
-from maxlike.errors import UserError
+from maxlike.errors import Diverged, UserError
 from maxlike.hooks import Validate
 from maxlike.run_dir import RunDirectory
 from maxlike.train import train
@@ -34,12 +34,10 @@ def no_pictures():
 @pytest.fixture(scope="module")
 def arms(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("arms")
-    bad = ("step.Step.guard = @guard.Guard()", "guard.Guard.on_bad = 'stop'")
-    bad += ("others/schedules.WSD.lr = 1e30", "experiment.Experiment.hooks = ()")
     return {
         "a": toy.arm(folder, "a"),
         "b": toy.arm(folder, "b", *toy.AFTER_A, "experiment.Experiment.seed = 10"),
-        "bad": toy.arm(folder, "bad", *bad),
+        "bad": toy.arm(folder, "bad"),
         "late": toy.arm(folder, "late", *toy.AFTER_A),
     }
 
@@ -150,9 +148,13 @@ def test_shares_are_whole_chains_and_together_everything(made, arms, tmp_path, m
     assert len(execute(planned, tmp_path, shard=(2, 2))) == 6 == len(set(trained))
 
 
-def test_a_run_that_diverges_is_a_result_and_so_is_one_that_begins_from_it(arms, tmp_path):
+def test_a_run_that_diverges_is_a_result_and_so_is_one_that_begins_from_it(arms, tmp_path, monkeypatch):
+    def diverge(experiment, directory, *_):
+        raise Diverged("step 5 is bad")
+
+    monkeypatch.setattr(runs, "fit", diverge)  # which bad steps end a training, tests/test_train.py knows
     bad, late = execute(plan(arms, "bad", "late"), tmp_path)
-    assert "is bad" in bad.diverged
+    assert bad.diverged == "step 5 is bad"
     assert late.diverged == "it begins from bad seed 0, which diverged"
     again = execute(plan(arms, "bad", "late"), tmp_path)
     assert [one.diverged for one in again] == [bad.diverged, late.diverged]

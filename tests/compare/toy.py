@@ -13,10 +13,8 @@ from layers import mlp
 from layers import stack
 from maxlike import checkpoint
 from maxlike import experiment
-from maxlike import guard
 from maxlike import hooks
 from maxlike import schedules
-from maxlike import step
 from maxlike.data import sources
 from maxlike import warm_start
 from maxlike.optimizers import adamw
