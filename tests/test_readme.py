@@ -6,6 +6,7 @@ import sys
 
 from maxlike import catalog, config
 from maxlike.bench.timed import random_batch
+from maxlike.noun import Noun
 from maxlike.program import Program
 from tests import tiny
 
@@ -35,8 +36,10 @@ def test_the_commands_name_what_exists():
     for line in re.findall(r"python -m launch --experiment .*", text):
         name = re.search(r"--experiment (\S+)", line)[1]
         if name in catalog.names("experiment"):  # not one of the reader's own
-            config.load(name, overlays=[overlay.rstrip(".") for overlay in re.findall(r"--overlay (\S+)", line)])
+            overlays = [overlay.rstrip(".") for overlay in re.findall(r"--overlay (\S+)", line)]
+            job = re.search(r"--job (\w+)", line)
+            config.load(name, overlays=overlays, job=job and job[1], kind=Noun)
     for job in set(re.findall(r"--job (\w+)", text)):
-        config.load("quickstart", job=job)
+        catalog.find("job", job)
     for path in re.findall(r"\]\(([^)]+)\)", text):
         assert (README.parent / path).exists(), path
