@@ -26,14 +26,14 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 class Runs:
     """The runs of a sweep that ended, with everything that is known of each by name: knobs by their short names, facts,
-    metrics. short: {knob: its short name}."""
+    metrics. short: {knob: its short name}; one that is the name of a fact and says something else is written out."""
 
     def __init__(self, runs: Sequence[dict[str, Any]], short: dict[str, str]):
         if not runs:
             raise UserError("the sweep has no run that ended, so there is nothing to fit: run it first")
-        self.short = short
-        self.knobs = list(short.values())
-        points = [{short[knob]: value for knob, value in one["point"].items()} for one in runs]
+        self.short = {knob: knob if _hidden(knob, name, runs) else name for knob, name in short.items()}
+        self.knobs = list(self.short.values())
+        points = [{self.short[knob]: value for knob, value in one["point"].items()} for one in runs]
         self.rows = [point | one["facts"] | one["metrics"] for point, one in zip(points, runs)]
 
     def name(self, name: str, flag: str) -> str:
@@ -111,6 +111,11 @@ class Runs:
         for row in self.rows:
             groups.setdefault(tuple(row[name] for name in x), []).append(row)
         return groups
+
+
+def _hidden(knob: str, name: str, runs: Sequence[dict[str, Any]]) -> bool:
+    """Whether a fact of this name has other values than the knob: `steps` of an optimizer's iteration, say."""
+    return any(name in one["facts"] and one["facts"][name] != one["point"][knob] for one in runs)
 
 
 def _equal(value: Any, text: str) -> bool:

@@ -83,7 +83,8 @@ class Form:
         """Parameters as they are written: prefactors themselves, divisors' exponents positive. theta: [..., p]."""
         out = np.array(theta)
         for term, (place, indices) in zip(self.terms, self._places()):
-            out[..., place] = np.exp(theta[..., place])
+            with np.errstate(over="ignore"):  # an end of an interval may be infinite, which is what is known then
+                out[..., place] = np.exp(theta[..., place])
             if term.divides:
                 out[..., place + 1 : place + 1 + len(indices)] *= -1
         return out

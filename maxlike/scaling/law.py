@@ -25,6 +25,11 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
+    def record(self) -> dict[str, Any]:
+        """As JSON; None is infinite."""
+        fields = dataclasses.asdict(self)
+        return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in fields.items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction(Interval):
@@ -81,7 +86,9 @@ class Law:
         unknown = sorted(set(x) - set(self.form.variables))
         if unknown:
             raise UserError(f"the law has no variable {unknown[0]!r}: it has {', '.join(self.form.variables)}")
-        low, value, high = np.exp(self.curve(np.array([[x[name] for name in self.form.variables]])))[:, 0]
+        at = np.array([[x[name] for name in self.form.variables]])
+        with np.errstate(over="ignore"):
+            low, value, high = np.exp(self.curve(at))[:, 0]
         outside = {name: self._outside(name, x[name]) for name in self.form.variables}
         far = max(outside, key=outside.__getitem__)
         return Prediction(float(value), float(low), float(high), outside[far], far if outside[far] > 1 else "")
@@ -116,10 +123,10 @@ class Law:
         return lines
 
     def record(self) -> dict[str, Any]:
-        """As JSON; `of_record` reads it."""
+        """As JSON, an infinite end of an interval as None; `of_record` reads it."""
         return dataclasses.asdict(self) | {
             "form": {"name": self.form.name, "variables": list(self.form.variables), "formula": str(self.form)},
-            "parameters": {name: dataclasses.asdict(interval) for name, interval in self.parameters.items()},
+            "parameters": {name: interval.record() for name, interval in self.parameters.items()},
             "theta": self.theta.tolist(),
             "replicates": self.replicates.tolist(),
             "huber": None if math.isinf(self.huber) else self.huber,

@@ -74,7 +74,7 @@ def _write(
         "y": y,
         "law": fitted.record(),
         "fitted": points,
-        "predictions": [{"at": place} | vars(prediction) for place, prediction in zip(places, predictions)],
+        "predictions": [{"at": place} | prediction.record() for place, prediction in zip(places, predictions)],
     }
     write_text(run_dir / "law.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     (run_dir / "law.png").write_bytes(law_plot.draw(fitted, points, y, places))

@@ -11,11 +11,18 @@ def optimum(knobs: Mapping[str, Sequence[float]], y: Sequence[float], *, within:
     """{knob: value} at the minimum of y, a quadratic of the logarithms of one or two knobs fitted to the runs whose y
     is at most `within` (a share, > 0) above the lowest. The lowest run itself is known to half a step of the grid only.
 
-    knobs: {name: values}, positive. y: a loss, lower is better. Raises UserError where the runs are too few, do not
-    curve upwards, or the minimum lies outside of what was tried.
+    knobs: {name: values}, positive. y: a loss, lower is better. Raises UserError for other values, where the runs are
+    too few or have too few values of a knob, do not curve upwards, or the minimum lies outside of what was tried.
     """
     names, losses = list(knobs), np.asarray(y, float)
-    u = np.log(np.stack([np.asarray(knobs[name], float) for name in names], 1))
+    tried = np.stack([np.asarray(knobs[name], float) for name in names], 1)
+    for name, values in zip(names, tried.T):
+        if values.min() <= 0:
+            raise UserError(
+                f"{name} has the value {values.min():g}, and its optimum is looked for among positive numbers: leave "
+                "such runs out with --where, or take another knob"
+            )
+    u = np.log(tried)
     near = losses <= losses.min() * (1 + within)
     pairs = [(i, j) for i in range(len(names)) for j in range(i, len(names))]
     wanted = 1 + len(names) + len(pairs)
@@ -24,9 +31,14 @@ def optimum(knobs: Mapping[str, Sequence[float]], y: Sequence[float], *, within:
             f"{near.sum()} runs are within {100 * within:g} % of the best, and the optimum of {', '.join(names)} needs "
             f"{wanted} points: run more of them near it, or take a wider --within"
         )
-    centre = u[near].mean(0)
-    v = u[near] - centre
+    centre, spread = u[near].mean(0), np.maximum(u[near].std(0), 1e-12)
+    v = (u[near] - centre) / spread
     design = np.stack([np.ones(len(v)), *v.T, *(v[:, i] * v[:, j] for i, j in pairs)], 1)
+    if np.linalg.matrix_rank(design, tol=1e-6) < wanted:
+        raise UserError(
+            f"the runs within {100 * within:g} % of the best do not fix a paraboloid in {', '.join(names)}: it needs "
+            "three values of each, not along one line; run more of them, or take a wider --within"
+        )
     found = np.linalg.lstsq(design, losses[near], rcond=None)[0]
     slope, curvature = found[1 : 1 + len(names)], np.zeros((len(names), len(names)))
     for (i, j), value in zip(pairs, found[1 + len(names) :]):
@@ -36,7 +48,7 @@ def optimum(knobs: Mapping[str, Sequence[float]], y: Sequence[float], *, within:
         raise UserError(
             f"the loss does not curve upwards in {', '.join(names)} near its best run: try values farther out"
         )
-    best = np.linalg.solve(curvature, -slope) + centre
+    best = np.linalg.solve(curvature, -slope) * spread + centre
     outside = [name for name, at, tried in zip(names, best, u.T) if not tried.min() <= at <= tried.max()]
     if outside:
         raise UserError(

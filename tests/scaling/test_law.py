@@ -206,3 +206,19 @@ def test_the_optimum_of_a_bowl_is_found_between_the_grids_points():
     ):
         with pytest.raises(UserError, match=message):
             optimum({"lr": rates[one]}, y, within=0.1)
+    two = np.isin(rates, np.unique(rates)[1:3])  # two values of a knob are a line, and every bowl goes through them
+    with pytest.raises(UserError, match="three values of each"):
+        optimum({"lr": rates[two], "batch": batches[two]}, loss[two], within=1)
+    with pytest.raises(UserError, match="decay has the value 0"):
+        optimum({"decay": [0.0, 0.1, 0.2, 0.3]}, [3.1, 3.0, 3.0, 3.1])
+
+
+def test_an_interval_without_an_end_is_written_as_none():
+    """Against FLOPs of large runs a prefactor is an extrapolation by twenty powers of ten, and may be anything."""
+    flops = np.geomspace(1e19, 1e21, 6)
+    y = (1 + 0.05 * (flops / 1e20) ** -0.3) * noise(0.02, 6)
+    law = fit(forms.power_law(("flops",), floor=True), {"flops": flops}, y, replicates=100)
+    assert law.parameters["a"].high == math.inf
+    record = json.loads(json.dumps(law.record(), allow_nan=False))
+    assert record["parameters"]["a"]["high"] is None
+    assert Law.of_record(record).parameters["a"].high == math.inf

@@ -13,6 +13,7 @@ from maxlike.compare.runs import execute
 from maxlike.errors import UserError
 from maxlike.noun import Noun
 from maxlike.scaling import law_job, sweep_job, sweep_plot
+from maxlike.scaling.columns import Runs
 from maxlike.scaling.points import Product
 from maxlike.scaling.sweep import Sweep
 from tests import tiny
@@ -185,3 +186,14 @@ def test_no_sweep_no_law(tmp_path):
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         law_job.law(sweep, tmp_path, x=("tokens",))
+
+
+def test_a_knob_with_the_name_of_a_fact_is_not_taken_for_it():
+    """The iterations of an optimizer are no steps of training: runs that differ in them are not seeds of one point."""
+    facts = {"steps": 100, "tokens": 1000}
+    runs = [{"point": {"muon.Muon.steps": n}, "facts": facts, "metrics": {"train/loss": 3.0 - n}} for n in (1, 2)]
+    found = Runs(runs, {"muon.Muon.steps": "steps"})
+    assert [(row["steps"], row["muon.Muon.steps"]) for row in found.rows] == [(100, 1), (100, 2)]
+    with pytest.raises(UserError, match=r"runs at tokens = 1000 differ in muon\.Muon\.steps"):
+        found.settle(("tokens",), "train/loss", "refuse")
+    assert Runs([runs[0] | {"point": {"steps": 100}}], {"steps": "steps"}).knobs == ["steps"]
