@@ -10,7 +10,7 @@ import jax
 from maxlike import checkpoint_tree
 from maxlike.errors import UserError
 from maxlike.passport import Stamp
-from maxlike.warm_start import pointed, with_parameters
+from maxlike.warm_start import pointed, with_buffers, with_parameters
 from maxlike.weight_map import Origin, Pick, Weights, within
 
 
@@ -58,11 +58,15 @@ class Deepen:
         return pointed(self, source)
 
     def __call__(self, state: dict, abstract_state: dict, say: Callable[[str], None]) -> tuple[dict, list[Stamp]]:
-        """`state` with the deepened parameters, in the average too, and their passport."""
+        """`state` with the deepened parameters, in the average too, the buffers like them, and their passport."""
         weights = Weights.open(self.source, self.tree, say)
         here = checkpoint_tree.flatten(abstract_state["params"])
         order = self._order(weights, here)
-        origins = {path: Origin(path, Pick(order) if self._repeated(path) else None) for path in here}
+
+        def origin(path: str) -> Origin:
+            return Origin(path, Pick(order) if self._repeated(path) else None)
+
+        origins = {path: origin(path) for path in here}
         table = weights.difference(origins, here)
         if table:
             raise UserError(
@@ -72,6 +76,7 @@ class Deepen:
         leaves = list(weights.read(origins, here).values())
         params = jax.tree.unflatten(jax.tree.structure(abstract_state["params"]), leaves)
         say(f"parameters taken from {weights.directory}, its layers in the order {list(order)}")
+        state = with_buffers(state, abstract_state, weights, origin, say)
         return with_parameters(state, params), weights.passport("Deepen", {"layers": list(order)})
 
     def _repeated(self, path: str) -> bool:

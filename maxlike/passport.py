@@ -1,8 +1,8 @@
 """The passport of a run's parameters: which checkpoints they came from, and what was done to them on the way.
 
 It travels in the metadata of every checkpoint as a list of stamps, oldest first. A run that began with random numbers
-has none; each tool that takes parameters out of a checkpoint (WarmStart, Upcycle, Deepen, an import) adds one to those
-that the checkpoint had.
+has none; each tool that takes parameters out of a checkpoint (WarmStart, Upcycle, Deepen, `--job quantize`, an import)
+adds one to those that the checkpoint had.
 """
 
 import hashlib

@@ -9,7 +9,7 @@ import jax
 from maxlike import checkpoint_tree
 from maxlike.errors import UserError
 from maxlike.passport import Stamp
-from maxlike.warm_start import pointed, with_parameters
+from maxlike.warm_start import pointed, with_buffers, with_parameters
 from maxlike.weight_map import Origin, Repeat, Weights, origin_of
 
 
@@ -46,8 +46,8 @@ class Upcycle:
         return pointed(self, source)
 
     def __call__(self, state: dict, abstract_state: dict, say: Callable[[str], None]) -> tuple[dict, list[Stamp]]:
-        """`state` with the seed's parameters, in the average too, and their passport; fresh ones stay as `state` has
-        them."""
+        """`state` with the seed's parameters, in the average too, and its buffers, and their passport; fresh ones stay
+        as `state` has them."""
         weights = Weights.open(self.source, self.tree, say)
         here = checkpoint_tree.flatten(abstract_state["params"])
         taken = {path: leaf for path, leaf in here.items() if not self._is_fresh(path)}
@@ -66,7 +66,11 @@ class Upcycle:
         leaves = [copied[path] if path in copied else initial[path] for path in here]
         params = jax.tree.unflatten(jax.tree.structure(state["params"]), leaves)
         done = {"mapping": self.mapping, "experts repeated in": grown, "fresh": list(self.fresh)}
+        state = with_buffers(state, abstract_state, weights, self._buffer, say)
         return with_parameters(state, params), weights.passport("Upcycle", done)
+
+    def _buffer(self, path: str) -> Origin | None:
+        return None if self._is_fresh(path) else origin_of(path, self.mapping)
 
     def _origin(self, path: str, shape: tuple[int, ...], weights: Weights) -> Origin | None:
         origin = origin_of(path, self.mapping)

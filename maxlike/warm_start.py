@@ -12,7 +12,7 @@ from absl import logging
 from maxlike import checkpoint_tree
 from maxlike.errors import UserError
 from maxlike.passport import Stamp
-from maxlike.weight_map import Weights, origin_of
+from maxlike.weight_map import Origin, Weights, origin_of
 
 PyTree = Any
 
@@ -74,11 +74,12 @@ class WarmStart:
         return pointed(self, source)
 
     def __call__(self, state: dict, abstract_state: dict, say: Callable[[str], None]) -> tuple[dict, list[Stamp]]:
-        """`state` with the other run's parameters, in the average too, and their passport; the optimizer begins
-        anew."""
+        """`state` with the other run's parameters, in the average too, and its buffers, and their passport; the
+        optimizer begins anew."""
         weights = Weights.open(self.source, self.tree, say)
         params = _take(weights, abstract_state["params"], self.mapping, self.ignore)
         say(f"parameters taken from {weights.directory}")
+        state = with_buffers(state, abstract_state, weights, lambda path: origin_of(path, self.mapping), say)
         return with_parameters(state, params), weights.passport("WarmStart", {"mapping": self.mapping})
 
 
@@ -92,3 +93,25 @@ def pointed(warm_start: Any, source: pathlib.Path | str) -> Any:
 def with_parameters(state: dict, params: PyTree) -> dict:
     """`state` with these parameters, in the average too where it has one."""
     return state | {"params": params} | ({"ema": jax.tree.map(jnp.copy, params)} if "ema" in state else {})
+
+
+def with_buffers(
+    state: dict,
+    abstract_state: dict,
+    weights: Weights,
+    origin: Callable[[str], Origin | None],
+    say: Callable[[str], None],
+) -> dict:
+    """`state` with the buffers of the run that the parameters come from: a router without the bias that it was trained
+    with chooses other experts. origin: of the buffer at a path here. `say` names those that are not there, or of
+    another shape, and begin anew."""
+    if "buffers" not in state:
+        return state
+    here = checkpoint_tree.flatten(abstract_state["buffers"])
+    taken = weights.buffers({path: origin(path) for path in here}, here)
+    anew = [path for path in here if path not in taken]
+    if anew:
+        say(f"buffers that begin anew: {', '.join(anew)}")
+    initial = checkpoint_tree.flatten(state["buffers"])
+    leaves = [taken[path] if path in taken else initial[path] for path in here]
+    return state | {"buffers": jax.tree.unflatten(jax.tree.structure(state["buffers"]), leaves)}

@@ -147,6 +147,19 @@ class Weights:
             )(changing)
         return read
 
+    def buffers(self, origins: dict[str, Origin | None], here: dict[str, Any]) -> dict[str, jax.Array]:
+        """{path here: array} of those buffers (routers' biases, running statistics) of the checkpoint that `origins`
+        finds, in the form in which `here` describes them; the others are left out."""
+        there = dataclasses.replace(self, tree="buffers")
+        leaves = there.leaves
+        named = {path: origin for path, origin in origins.items() if origin is not None and origin.path in leaves}
+        fitting = {
+            path: origin
+            for path, origin in named.items()
+            if _changed(origin, leaves[origin.path]) == checkpoint_tree.describe(path, here[path])
+        }
+        return there.read(fitting, here) if fitting else {}
+
     def passport(self, tool: str, done: dict) -> list[passport.Stamp]:
         """The passport of parameters that `tool` takes from here."""
         return passport.stamped(tool, self.directory, self.record, self.tree, done)

@@ -179,3 +179,25 @@ def test_it_binds_in_gin():
     loaded = config.load("quickstart", overlays=["deepen"], bindings=["source = 'runs/x'"])
     assert isinstance(loaded.warm_start, Deepen) and loaded.warm_start.from_run("y").window == (2, 4)
     assert Upcycle(source="runs/x").from_run("y").source.name == "y"
+
+
+def test_routers_keep_the_bias_that_they_were_trained_with(tmp_path):
+    bias = jnp.arange(3.0 * DEPTH).reshape(DEPTH, 3)
+    store = Checkpoints().open(tmp_path / "checkpoints")
+    store.save(9, {"params": params_of(DEPTH), "buffers": _buffers(bias, jnp.ones(2))}, {})
+    store.close()
+    for depth, tool, order in (
+        (DEPTH, WarmStart(source=str(tmp_path)), [0, 1, 2, 3]),
+        (6, Deepen(source=str(tmp_path), window=(1, 3), skip=1), [0, 1, 2, 1, 2, 3]),
+    ):
+        state = {"params": params_of(depth, seed=1), "buffers": _buffers(jnp.zeros((depth, 3)), jnp.zeros(5))}
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        said = []
+        begun, _ = tool(state, abstract, said.append)
+        np.testing.assert_array_equal(begun["buffers"]["stack"]["periods"][0]["router"]["bias"], bias[np.array(order)])
+        np.testing.assert_array_equal(begun["buffers"]["amax"], np.zeros(5))
+        assert "buffers that begin anew: amax" in said
+
+
+def _buffers(bias, amax):
+    return {"amax": amax, "stack": {"periods": {0: {"router": {"bias": bias}}}}}
