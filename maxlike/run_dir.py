@@ -29,18 +29,19 @@ class RunDirectory:
 
     path: the directory; 'own' creates it with its parents.
     mode: 'own' for the process that trains: checks that it can write, and holds a lock (flock on `lock`) that vanishes
-        with the process. 'join' for the further processes of the same job, which do not lock. 'read' for evaluation
-        and generation, which may look at a run that is being trained.
+        with the process. 'share' likewise, for a process beside others that share the directory: together they keep
+        out whoever would own it. 'join' for the further processes of the same job, which do not lock. 'read' for
+        evaluation and generation, which may look at a run that is being trained.
     Raises UserError where the directory cannot be written, belongs to a living process, or (read) is not there.
     """
 
-    def __init__(self, path: pathlib.Path | str, *, mode: Literal["own", "join", "read"] = "own"):
+    def __init__(self, path: pathlib.Path | str, *, mode: Literal["own", "share", "join", "read"] = "own"):
         self.path = pathlib.Path(path).absolute()
         self.mode = mode
         self._lock: int | None = None
         if mode != "read":
             self._create()
-        if mode == "own":
+        if mode in ("own", "share"):
             self._acquire()
         elif not self.path.is_dir():
             raise UserError(f"there is no run in {self.path}: train it first, or correct --run_dir")
@@ -112,7 +113,7 @@ class RunDirectory:
         except OSError as error:
             raise self._not_writable(error) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if self.mode == "own" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         except OSError as error:

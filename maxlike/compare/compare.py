@@ -1,11 +1,12 @@
 """`--job compare`: every arm of a comparison for each seed, and the verdict."""
 
+import functools
 import pathlib
 
 import jax
 from rich.console import Console as Rich
 
-from maxlike.compare import library, pairing, runs, tables, verdict
+from maxlike.compare import library, pairing, runs, tables, verdict, written
 from maxlike.compare.comparison import Comparison
 from maxlike.compare.library import Library, Loaded
 from maxlike.compare.runs import Planned
@@ -21,7 +22,8 @@ def compare(
     arms: tuple[str, ...] = (),
 ) -> verdict.Verdict | None:
     """Runs every arm for each seed, each once and resumable, and judges the claim by its rule: verdict.json,
-    report.html. Run again, it goes on where it was and makes only what is not there.
+    report.html. Run again, it goes on where it was and makes only what is not there; the rule must still be the one
+    from before the runs.
 
     seeds: another number of them than the comparison asks for. shard: i/n makes this process's share only, in a
     directory that the others share; the last one judges. arms: only these and what they begin from, without a verdict;
@@ -42,7 +44,10 @@ def compare(
         out.print(matched.table())
         matched.refuse()
     planned = plan(comparison, seeds, arms)
-    finished = runs.execute(planned, pathlib.Path(run_dir) / "arms", shard=share, library=known)
+    where = pathlib.Path(run_dir) / "arms"
+    written.keep(comparison, run_dir, where)
+    refuse = functools.partial(verdict.refuse_unwritten_by, comparison)
+    finished = runs.execute(planned, where, shard=share, library=known, then=refuse)
     if len(finished) < len(planned):
         out.print(f"{len(finished)} of {len(planned)} runs are there: the verdict comes with the last", soft_wrap=True)
         return None

@@ -4,11 +4,12 @@ A run lies in `<directory>/<name>/seed_<seed>`, an ordinary run directory with p
 (the words of its training) beside.
 """
 
+import contextlib
 import dataclasses
 import io
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -96,6 +97,7 @@ def execute(
     *,
     shard: tuple[int, int] = (1, 1),
     library: Library | None = None,
+    then: Callable[[Finished], None] = lambda made: None,
 ) -> list[Finished]:
     """Makes the planned runs that are not made yet, ancestors first, and returns those that are finished, in order.
 
@@ -103,7 +105,7 @@ def execute(
     it is. All processes of a multi-host job call it alike.
 
     shard: (i, n) makes only the i-th of n shares, i from 1; a run and those that begin from it are in one share.
-    library: of experiments that were loaded already.
+    library: of experiments that were loaded already. then: called with each run that is made here, when it is recorded.
     A request to stop (SIGTERM, Ctrl-C) ends it after a checkpoint, with fewer runs than planned; the same call goes on.
     Raises UserError where two runs have one name and number, an ancestor is not planned, a directory holds another
     configuration's run, or another process is at work on the same share.
@@ -120,6 +122,9 @@ def execute(
             programs = _Programs()
             for run in left:
                 _make(run, shown, programs)
+                made = run.finished()
+                if made is not None:
+                    then(made)
                 if interrupt.requested():
                     shown.say(f"stopped as asked in {run.title}; the same command continues")
                     break
@@ -223,12 +228,14 @@ def _share(runs: Sequence[_Run], shard: tuple[int, int]) -> list[_Run]:
     return [run for run in runs if run in of_share[index - 1]]
 
 
-def _claim(directory: pathlib.Path, shard: tuple[int, int]) -> RunDirectory:
-    """Holds a share of the directory for this process. Whoever makes all runs holds the whole of it; a run that two
-    processes want nevertheless is held by its own lock."""
-    mode = "own" if jax.process_index() == 0 else "join"
-    whole = RunDirectory(directory, mode=mode)
-    if shard == (1, 1):
-        return whole
-    whole.close()  # nobody has all of it now
-    return RunDirectory(directory / "shards" / f"{shard[0]}_of_{shard[1]}", mode=mode)
+@contextlib.contextmanager
+def _claim(directory: pathlib.Path, shard: tuple[int, int]) -> Iterator[None]:
+    """Holds the directory for this process: the whole of it, or one share beside the processes that make the others. A
+    run that two processes want nevertheless, in shares of different numbers, is held by its own lock."""
+    alone = shard == (1, 1)
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            held.enter_context(RunDirectory(directory, mode="own" if alone else "share"))
+            if not alone:
+                held.enter_context(RunDirectory(directory / "shards" / f"{shard[0]}_of_{shard[1]}"))
+        yield

@@ -1,5 +1,6 @@
 """A comparison at the paper's scale: the command, and what the plan says that it costs. Formula alone, no device."""
 
+import pathlib
 import shlex
 from typing import Any
 
@@ -17,12 +18,18 @@ COUNTS = tuple(2**n for n in range(13))  # devices that are tried, the fewest fi
 
 def at_scales(comparison: Comparison) -> dict[str, Any]:
     """Name of the scale -> its command, and by arm what one run takes; `why` where that cannot be said."""
-    name = "NAME" if comparison.config is None else comparison.config.name
     return {
-        scale: {"command": shlex.join(["python", "-m", "launch", "--experiment", name, "--overlay", overlay])}
-        | _estimate(comparison, scale, overlay)
+        scale: {"command": _command(comparison, scale, overlay)} | _estimate(comparison, scale, overlay)
         for scale, overlay in sorted(comparison.scales.items())
     }
+
+
+def _command(comparison: Comparison, scale: str, overlay: str) -> str:
+    """In a directory of its own: the default one may hold the runs of another size, which are never mixed."""
+    name = "NAME" if comparison.config is None else comparison.config.name
+    run = f"{pathlib.PurePath(name).stem if name.endswith('.gin') else name}-{scale}"
+    words = ["--experiment", name, "--overlay", overlay, "--run_dir", f"runs/{run}"]
+    return shlex.join(["python", "-m", "launch", *words])
 
 
 def _estimate(comparison: Comparison, name: str, overlay: str) -> dict[str, Any]:

@@ -111,6 +111,14 @@ def refuse_unwritten(comparison: Comparison, measured: Metrics) -> None:
         measured.refuse_unwritten(metric)
 
 
+def refuse_unwritten_by(comparison: Comparison, one: Finished) -> None:
+    """The same of one run, and of the rule alone: a name that nobody writes is refused before the other runs."""
+    measured = metrics_of(comparison, [one])
+    for criterion in comparison.rule:
+        for metric in criterion.reads if arm_of(one) in criterion.arms else ():
+            measured.refuse_unwritten(metric, [arm_of(one)], f"the rule '{criterion.sentence()}'")
+
+
 def _content(
     comparison: Comparison,
     finished: Sequence[Finished],

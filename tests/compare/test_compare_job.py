@@ -5,7 +5,7 @@ import json
 import pytest
 
 from maxlike import log
-from maxlike.compare import runs
+from maxlike.compare import runs, written
 from maxlike.compare.compare import compare
 from maxlike.errors import UserError
 from tests import tiny
@@ -47,6 +47,32 @@ def test_shards_make_it_together_and_the_last_judges(name, tmp_path, capsys, mon
     assert (tmp_path / "report.html").is_file()
     monkeypatch.setattr(runs, "fit", lambda *_: pytest.fail("it was trained again"))
     assert compare(toy.load(name), tmp_path, seeds=1, arms=("b",)) is None
+    easier = toy.load(name, "rules.Lower.by = -1.0")
+    with pytest.raises(
+        UserError, match=r"rule\.json holds from before the runs \(it was .* is lower than that of a', now"
+    ):
+        compare(easier, tmp_path)
+
+
+def test_a_rule_may_change_until_a_run_has_ended_and_its_metrics_are_looked_for_in_the_first(
+    name, tmp_path, monkeypatch
+):
+    def fit(experiment, directory, *_):
+        (directory / "metrics.jsonl").write_text('{"step": 4, "split": "validation", "loss": 1.0}\n')
+        trained.append(directory)
+        return {"loss": 1.0}
+
+    trained = []
+    monkeypatch.setattr(runs, "fit", fit)
+    written.keep(toy.load(name), tmp_path, tmp_path / "arms")
+    with pytest.raises(UserError, match=r"the rule .* names 'validation/los', which no arm writes: did you mean"):
+        compare(toy.load(name, "rules.Lower.metric = 'validation/los'"), tmp_path)
+    assert len(trained) == 1
+    with pytest.raises(UserError, match="from before the runs"):
+        compare(toy.load(name), tmp_path)
+    (tmp_path / "rule.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        compare(toy.load(name), tmp_path)
 
 
 def test_what_does_not_match_or_pair_is_refused_before_anything_runs(name, tmp_path, monkeypatch, capsys):

@@ -167,6 +167,11 @@ def test_two_processes_on_one_directory_are_refused(arms, tmp_path):
                 execute(plan(arms, "a"), tmp_path, shard=shard)
     with RunDirectory(tmp_path / "shards" / "1_of_2"), pytest.raises(UserError, match="in use by process"):
         execute(plan(arms, "a"), tmp_path, shard=(1, 2))
+    with runs._claim(tmp_path, (1, 2)):
+        with runs._claim(tmp_path, (2, 2)):  # beside each other
+            pass
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):  # not beside whoever wants all
+            execute(plan(arms, "a"), tmp_path)
 
 
 def test_what_cannot_be_planned_is_refused(arms, tmp_path):

@@ -114,7 +114,7 @@ def test_the_papers_scale_by_the_plan(concluded):
         scales={"v5p": "v5p", "abacus": "v5p"},
     )
     found = scale.at_scales(comparison)
-    assert "--overlay v5p" in found["v5p"]["command"]
+    assert found["v5p"]["command"].endswith("--overlay v5p --run_dir runs/NAME-v5p")
     assert found["v5p"]["devices"] == 1 and found["v5p"]["arms"]["transformer"]["tokens"] == 240 * 4096
     runs = found["v5p"]["arms"].values()
     assert found["v5p"]["seconds"] == pytest.approx(3 * sum(run["seconds"] for run in runs)) and all(runs)
