@@ -26,15 +26,16 @@ class Gates(Statistic):
     """
 
     taps = ("gate", "attention_output", "gated_output")
+    inside_blocks = True
 
     def sums(self, seen: Seen) -> Sums:
         sums: Sums = {}
         for name in ("attention_output", "gated_output"):
-            found = [x for x, owner in seen.of_whole_rows("Gates", name) if isinstance(owner, Attention | MLA)]
+            found = [x for x, owner in seen.tapped[name] if isinstance(owner, Attention | MLA)]
             if found:
                 sums[name] = by_layer([seen.mean(_mean(jnp.abs(_wide(x)))) for x in found])
                 sums[f"{name}_sparsity"] = by_layer([seen.mean(_small(_wide(x))) for x in found])
-        scores = [_wide(x) for x, _ in seen.of_whole_rows("Gates", "gate")]
+        scores = [_wide(x) for x, _ in seen.tapped["gate"]]
         if scores:
             sums["gate_mean"] = by_layer([_everywhere(seen, x) for x in scores])
             for limit in LIMITS:

@@ -49,6 +49,7 @@ def measure(
         raise UserError(reasons[0])
     program, state, step = restore(experiment, run_dir, checkpoint)
     values = Passes(tuple(fitting))(experiment, program, state)
+    rows = min(rows, experiment.open_validation().rows)
     found = {"step": step, "rows": rows, "values": values, "left_out": reasons}
     path = RunDirectory(run_dir, mode="read").write_text("measured.json", json.dumps(found, indent=1) + "\n")
     _show(values, reasons, f"step {step}, {rows} rows of the validation split")

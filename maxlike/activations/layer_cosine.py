@@ -16,13 +16,13 @@ class LayerCosine(Statistic):
 
     rows: of the validation split. Values: layer_cosine/each, a number a block, shallow first, the mean over tokens but
     for the first of each row and of each document, whose huge values would hide the others; layer_cosine, its mean
-    over blocks. Refuses mixture of depths.
+    over blocks.
     """
 
     taps = ("residual",)
 
     def sums(self, seen: Seen) -> Sums:
-        states = [x_BTD.astype(jnp.float32) for x_BTD, _ in seen.of_whole_rows("LayerCosine", "residual")]
+        states = [x_BTD.astype(jnp.float32) for x_BTD, _ in seen.tapped["residual"]]
         length = seen.real_BT.shape[1]
         later_BT = seen.real_BT & (seen.batch["positions"] > 0) & (jnp.arange(length) > 0)
         found = [seen.mean_where(_cosine(x, y), later_BT) for x, y in itertools.pairwise(states)]

@@ -34,6 +34,7 @@ class AttentionSink(Statistic):
     """
 
     taps = ("queries", "keys")
+    inside_blocks = True
 
     def check(self, experiment: Experiment) -> None:
         super().check(experiment)
@@ -48,7 +49,7 @@ class AttentionSink(Statistic):
             raise UserError("AttentionSink finds no softmax attention in the network: leave it out of Measure.tools")
 
     def sums(self, seen: Seen) -> Sums:
-        queries, keys = (seen.of_whole_rows("AttentionSink", name) for name in self.taps)
+        queries, keys = (seen.tapped[name] for name in self.taps)
         shares, levels = zip(*(_layer(seen, q, k, owner) for (q, owner), (k, _) in zip(queries, keys, strict=True)))
         length = Peak(jnp.float32(seen.real_BT.shape[1]))
         return {"share": by_layer(shares), "uniform": by_layer(levels), "length": length}

@@ -13,6 +13,7 @@ import numpy as np
 
 from layers import taps
 from layers.language_model import LanguageModel
+from layers.mixture_of_depths import MixtureOfDepths
 from layers.stack import lay_bare
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
@@ -65,16 +66,6 @@ class Seen:
         here_BT = jnp.broadcast_to(here_BT, x_BT.shape)
         return Mean(jnp.sum(jnp.where(here_BT, x_BT, 0.0)), jnp.sum(here_BT.astype(jnp.float32)))
 
-    def of_whole_rows(self, owner: str, name: str) -> list[tuple[jax.Array, Any]]:
-        """What a tap saw. Raises UserError where a layer worked on a selection of the tokens (mixture of depths)."""
-        for x, module in self.tapped[name]:
-            if x.shape[1] not in (1, self.real_BT.shape[1]):
-                raise UserError(
-                    f"{owner} cannot tell which tokens a {type(module).__name__} worked on: a layer keeps "
-                    f"{x.shape[1]} of {self.real_BT.shape[1]} tokens a row (mixture of depths); leave {owner} out"
-                )
-        return self.tapped[name]
-
 
 class Statistic(Tool, abc.ABC):
     """Base of the statistics: tools for `maxlike.measure.Measure`, called as `statistic(experiment, program, state)`.
@@ -85,6 +76,7 @@ class Statistic(Tool, abc.ABC):
     """
 
     taps: ClassVar[tuple[str, ...]] = ()
+    inside_blocks: ClassVar[bool] = False  # whether it must know which tokens a part of a block worked on
     context: Literal["full", "single_token"] = "full"
 
     def __init__(self, *, rows: int = 32):
@@ -98,6 +90,11 @@ class Statistic(Tool, abc.ABC):
         if not isinstance(network, LanguageModel):
             raise UserError(
                 f"{name} reads the layers of a LanguageModel, not of a {type(network).__name__}: leave it out"
+            )
+        thin = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, MixtureOfDepths))
+        if self.inside_blocks and any(isinstance(part, MixtureOfDepths) for part in thin):
+            raise UserError(
+                f"{name} cannot tell which tokens the block of a MixtureOfDepths worked on: leave {name} out"
             )
         experiment.open_validation()
 

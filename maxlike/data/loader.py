@@ -194,8 +194,13 @@ class FiniteBatches:
         self.names = tuple(layers)
         self.fingerprint = files.digest({name: layer.rows.fingerprint for name, layer in layers.items()})
 
+    @property
+    def rows(self) -> int:
+        """Without those that fill up the last batch."""
+        return int(self._starts[-1])
+
     def __len__(self) -> int:
-        return -(-int(self._starts[-1]) // self.batch_size)
+        return -(-self.rows // self.batch_size)
 
     def of(self, name: str) -> "FiniteBatches":
         """The batches of one source alone."""

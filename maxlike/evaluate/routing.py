@@ -14,11 +14,12 @@ from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.objectives.auxiliary_routers import AuxiliaryRouters
 from maxlike.program import Program
+from maxlike.tool import Tool
 
 Part = TypeVar("Part", bound=nnx.Module)
 
 
-class CausalLoss:
+class CausalLoss(Tool):
     """Loss on the validation split with every choice made from a token alone; a tool of `measure.Measure`.
 
     Routing by the best tokens of a batch sees tokens to come, so its loss is too good for a decoder; auxiliary routers
@@ -38,9 +39,13 @@ class CausalLoss:
         self.seed = seed
         self._programs: dict[str, Program] = {}  # a run that differs in its seed alone needs what is compiled here
 
+    def check(self, experiment: Experiment) -> None:
+        _refuse_without_auxiliary(experiment.bare())
+        experiment.open_validation()
+
     def __call__(self, experiment: Experiment, program: Program, state: dict) -> dict[str, float]:
+        self.check(experiment)
         network = experiment.bare()
-        _refuse_without_auxiliary(network)
         routes: dict[str, Callable[[Any], None]] = {"causal": as_decoded}
         if _has_auxiliary(network):
             routes |= {"top_k": as_trained, "random": lambda model: by_chance(model, self.seed)}

@@ -5,8 +5,10 @@ import types
 
 import pytest
 
-from maxlike import train
+from maxlike import config, train
+from maxlike.activations.gates import Gates
 from maxlike.activations.job import measure
+from maxlike.activations.layer_cosine import LayerCosine
 from maxlike.activations.norms import Norms
 from maxlike.activations.sink import AttentionSink
 from maxlike.errors import UserError
@@ -57,3 +59,9 @@ def test_refusals(tmp_path):
         Measure(tools=(Norms(),)).open(types.SimpleNamespace(experiment=experiment))
     with pytest.raises(UserError, match=r"Data.validation is not set"):
         measure(experiment, tmp_path)
+    # So is one that would not know which tokens a layer kept; what needs only whole rows is not.
+    thin = config.load("papers/moma/mod_moma_4t4i")
+    for statistic in (Gates(), AttentionSink()):
+        with pytest.raises(UserError, match="which tokens the block of a MixtureOfDepths worked on"):
+            statistic.check(thin)
+    LayerCosine().check(thin)

@@ -75,4 +75,4 @@ def test_a_network_without_a_causal_loss_is_refused():
         routing.CausalLoss(seed=-1)
     mixed = config.load("papers/moma/mod_moma_4t4i", bindings=["modality_moe.ModalityMoE.groups = (1, 1)"])
     with pytest.raises(UserError, match=r"MixtureOfDepths\.auxiliary"):
-        routing.CausalLoss()(mixed, None, {})
+        routing.CausalLoss().check(mixed)
