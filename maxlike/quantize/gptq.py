@@ -20,11 +20,10 @@ class GPTQ:
         original weight where grid.group is None.
     damp > 0: share of H's mean diagonal added to it. Where H is still not positive definite it is raised tenfold until
         it is; Quantized.damp says what was used.
-    block: inputs whose errors are handed to the rest together; speed alone depends on it.
+    block: inputs whose errors are handed to the rest together, at most; speed alone depends on it.
     act_order: inputs with the largest diagonal of H first. static_groups: scales of groups are fitted to the original
         weight before the first rounding.
-    Refuses act_order with groups that are not static: their inputs would not lie together; a group that does not fit
-    the block; a Hessian of another size.
+    Refuses act_order with groups that are not static: their inputs would not lie together; a Hessian of another size.
     """
 
     needs_hessian = True
@@ -44,11 +43,9 @@ class GPTQ:
             raise UserError(f"GPTQ.block={block} must be at least 1 input")
         if act_order and grid.group is not None and not static_groups:
             raise UserError("GPTQ.act_order=True with groups needs GPTQ.static_groups=True, or Grid.group=None")
-        if grid.group is not None and grid.group > block and grid.group % block:
-            raise UserError(f"GPTQ.block={block} must divide Grid.group={grid.group} or not be below it")
         self.grid, self.damp, self.act_order, self.static_groups = grid, damp, act_order, static_groups
         # Scales of a group need its inputs with all errors so far: a block may not reach into the next group.
-        self.block = block if grid.group is None else min(block, grid.group)
+        self.block = block if grid.group is None else _largest_divisor(grid.group, block)
 
     def check(self, inputs: int, outputs: int, layer: str) -> None:
         self.grid.check(inputs, layer)
@@ -75,6 +72,10 @@ class GPTQ:
         static = self.static_groups or self.grid.group is None
         weight_IO, codes_IO, scales_GO, zeros_GO = _round(self.grid, self.block, static, w_IO, factor_II, order_I)
         return Quantized(weight_IO, codes_IO, scales_GO, zeros_GO, self.grid.cost(inputs), damp)
+
+
+def _largest_divisor(n: int, most: int) -> int:
+    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
 
 
 @functools.partial(jax.jit, static_argnums=2)

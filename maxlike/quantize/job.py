@@ -20,6 +20,7 @@ from maxlike.quantize import targets
 from maxlike.quantize.calibrate import Calibration
 from maxlike.quantize.evaluate import Cost, Evaluator
 from maxlike.quantize.grid import check_bits
+from maxlike.quantize.hadamard import Rotation
 from maxlike.quantize.recipe import Method, Recipe
 from maxlike.quantize.weights import Weights
 from maxlike.quantize.weights import quantize as quantize_weights
@@ -118,6 +119,7 @@ def _report(
                 "matrices": len(matrix.errors_N),
                 "shape": [matrix.target.inputs, matrix.target.outputs],
                 "bits": matrix.bits,
+                "hadamard_blocks": {"inputs": _block(matrix.target.enters), "outputs": _block(matrix.target.leaves)},
                 "relative_error": [float(error) for error in matrix.errors_N],
                 "damp": matrix.damp,
             }
@@ -132,6 +134,11 @@ def _report(
         },
         "validation": dataclasses.asdict(cost),
     }
+
+
+def _block(rotation: Rotation | None) -> int | None:
+    """Channels that a Hadamard matrix mixes before rounding, None without one."""
+    return None if rotation is None else rotation.block
 
 
 def _show(weights: Weights, report: dict[str, Any]) -> None:

@@ -148,7 +148,7 @@ def _hadamard(recipe: Recipe, size: int, seed: int | None = None) -> Rotation:
     try:
         return rotation(size, None, seed)
     except UserError:
-        if not recipe.hadamard_blocks:
+        if not recipe.hadamard_blocks or divisor(size) == 1:  # blocks of one channel rotate nothing
             raise
         return rotation(size, divisor(size), seed)
 

@@ -49,6 +49,7 @@ def test_a_quantized_run_is_used_like_any_other(trained, capsys):
     assert report["recipe"]["weights"] == 4 and report["source"] == {"run": str(run), "step": 8}
     assert report["validation"]["after"]["loss"] == cost.after["loss"] and len(report["layers"]) == 7
     assert report["bytes"]["after"] < report["bytes"]["before"]
+    assert report["layers"][0]["hadamard_blocks"] == {"inputs": None, "outputs": None}
 
     _, state, step = restore(experiment, target)
     _, original, _ = restore(experiment, run)

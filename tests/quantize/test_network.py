@@ -219,6 +219,12 @@ def test_more_bits_cost_less(subject):
         ("families/mamba_hybrid", [], {"method": "quarot"}, "its mixer is no plain Attention"),
         ("quickstart", [], {"group": 48}, "a group of 48 inputs does not divide the 32 of stack/periods/0/ffn/down"),
         ("quickstart", ["mlp.GatedMLP.width = 26"], {"method": "had"}, "ffn/down: there is no construction"),
+        (
+            "quickstart",
+            ["mlp.GatedMLP.width = 27"],
+            {"method": "had", "hadamard_blocks": True},
+            "ffn/down: there is no",
+        ),
         ("quickstart", ["block.Block.order = 'swin'"], {"method": "quarot"}, "its order is 'swin'"),
         ("image_tokenizer", [], {}, "has no stack of blocks"),
     ],

@@ -88,6 +88,7 @@ def test_scales_of_a_group_are_those_of_the_weight_as_it_stands_there(matrices):
     np.testing.assert_allclose(made.weight_IO.T, naive.gptq_in_groups(w.T, h, 4, 12), atol=1e-5)
     across = GPTQ(Grid(bits=4, group=12, search=False), block=6)(w, h)
     assert np.array_equal(across.codes_IO, made.codes_IO)
+    assert GPTQ(Grid(bits=4, group=192)).block == 96  # the largest part of a group that is no longer than 128
 
 
 def test_without_correlation_gptq_rounds_to_nearest(matrices):
@@ -157,7 +158,7 @@ def test_double_quantization_moves_scales_by_less_than_half_a_step(matrices):
         (lambda: Grid(bits=4, group=0), "Grid.group=0"),
         (lambda: GPTQ(Grid(bits=4), damp=0), "GPTQ.damp=0"),
         (lambda: GPTQ(Grid(bits=4, group=8), act_order=True), "static_groups"),
-        (lambda: GPTQ(Grid(bits=4, group=12), block=5), "GPTQ.block=5"),
+        (lambda: GPTQ(Grid(bits=4), block=0), "GPTQ.block=0"),
         (lambda: RTN(Grid(bits=4, group=7))(np.ones((48, 2), np.float32)), "a group of 7 inputs does not divide"),
         (lambda: GPTQ(Grid(bits=4))(np.ones((4, 2), np.float32), np.eye(3, dtype=np.float32)), "a Hessian of shape"),
         (lambda: NF4(block=0), "NF4.block=0"),
