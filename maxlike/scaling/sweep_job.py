@@ -34,12 +34,23 @@ def sweep(sweep: Sweep, run_dir: pathlib.Path, *, seeds: int | None = None, shar
         raise UserError(f"--seeds {seeds}: give at least 1")
     planned, library = sweep.planned(seeds), Library()
     check(planned, library)
-    finished = execute([one for _, one in planned], run_dir, shard=parse_shard(shard), library=library)
     point_of = {(one.name, one.seed): point for point, one in planned}
+
+    def recorded(made: list[Finished]) -> list[dict[str, Any]]:
+        records = [record(one, point_of[one.planned.name, one.planned.seed], run_dir) for one in made]
+        _refuse_unwritten(sweep, records)
+        return records
+
+    finished = execute(
+        [one for _, one in planned],
+        run_dir,
+        shard=parse_shard(shard),
+        library=library,
+        then=lambda made: recorded([made]),  # a metric that nobody writes is refused after the first run, not the last
+    )
     if jax.process_index() or not finished:
         return
-    records = [record(one, point_of[one.planned.name, one.planned.seed], run_dir) for one in finished]
-    _refuse_unwritten(sweep, records)
+    records = recorded(finished)
     content = {"experiment": sweep.experiment, "metric": sweep.metric, "short": sweep.short, "planned": len(planned)}
     write_text(pathlib.Path(run_dir) / FILE, json.dumps(content | {"runs": records}, indent=1, allow_nan=False) + "\n")
     picture = sweep_plot.draw(records, sweep.short, sweep.metric)

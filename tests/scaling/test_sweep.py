@@ -48,7 +48,7 @@ def load(base, tmp_path, knobs, *bindings):
     return config.load(str(path), kind=Noun, bindings=list(bindings))
 
 
-def test_a_sweep_runs_every_point_once_and_records_all_metrics(base, tmp_path, capsys):
+def test_a_sweep_runs_every_point_once_and_records_all_metrics(base, tmp_path, capsys, monkeypatch):
     sweep = load(base, tmp_path, "{'others/schedules.WSD.lr': (0.001, 0.01)}", "sweep.Sweep.seeds = 2")
     run = tmp_path / "run"
     sweep.config.job(sweep, run)
@@ -81,6 +81,11 @@ def test_a_sweep_runs_every_point_once_and_records_all_metrics(base, tmp_path, c
     sweep_job.show(records, sweep.short, sweep.metric)
     assert re.search(r"0.01 .*\n0.001\s+diverged\s+-\s+1\s+1", capsys.readouterr().out)
     assert sweep_plot.draw(records, sweep.short, sweep.metric)[:4] == b"\x89PNG"
+    # A metric that no run writes is refused when the first one is made.
+    first = execute([planned], run)[0]
+    monkeypatch.setattr(sweep_job, "execute", lambda planned, directory, *, shard, library, then: then(first))
+    with pytest.raises(UserError, match="'validation/other', which no run writes"):
+        sweep_job.sweep(dataclasses.replace(sweep, metric="validation/other"), run)
 
 
 @pytest.mark.parametrize(
