@@ -1,6 +1,7 @@
 """Values of verdict.json for people: numbers, cells, and the table on the terminal."""
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -55,12 +56,33 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
         outcome = Text(one["outcome"], style=OUTCOME_STYLES[one["outcome"]])
         rule.add_row(one["sentence"], outcome, mean, f"{low} to {high}", f"{one['side']} {number(one['boundary'])}")
     console.print(rule)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("arm", no_wrap=True)
-    for metric in content["metrics"]:
-        table.add_column(metric.replace("/", "/\n"), overflow="fold")
-    for arm in content["arms"]:
-        entries = (metric["arms"].get(arm) for metric in content["metrics"].values())
-        table.add_row(arm, *("" if entry is None else cell(entry) for entry in entries))
-    console.print(table)
+    for table in _by_arm(content, console.width):
+        console.print(table)
     console.print(Text(content["sentence"], style=OUTCOME_STYLES[content["verdict"]]))
+
+
+def _by_arm(content: dict[str, Any], width: int) -> Iterator[Table]:
+    """A column for each metric, a row for each arm: as many tables as it takes for whole words in a line's width."""
+    gap = 2
+    first = max(len(arm) for arm in (*content["arms"], "arm")) + gap
+    left, columns = 0, []
+    for metric, found in content["metrics"].items():
+        cells = [cell(found["arms"][arm]) if arm in found["arms"] else "" for arm in content["arms"]]
+        needed = max(map(len, (*metric.split("/"), *cells))) + gap + 1  # the slash that a line of the header ends with
+        if columns and needed > left:
+            yield _table(content["arms"], columns, gap)
+            columns = []
+        left = (left if columns else width - first) - needed
+        columns.append((metric.replace("/", "/\n"), cells))
+    if columns:
+        yield _table(content["arms"], columns, gap)
+
+
+def _table(arms: Iterable[str], columns: list[tuple[str, list[str]]], gap: int) -> Table:
+    table = Table(box=None, padding=(0, gap, 0, 0))
+    table.add_column("arm", no_wrap=True)
+    for header, _ in columns:
+        table.add_column(header, overflow="fold")
+    for arm, *cells in zip(arms, *(cells for _, cells in columns)):
+        table.add_row(arm, *cells)
+    return table
