@@ -242,7 +242,8 @@ def _refusal(idle: list[Binding]) -> str:
     one = idle[0]
     more = f" (and {len(idle) - 1} more: {'; '.join(b.where for b in idle[1:4])})" if len(idle) > 1 else ""
     return (
-        f"{one.where}: nothing in this experiment uses `{one.text}`{more}; remove it, or bind the class it configures"
+        f"{one.where}: nothing in this experiment uses `{one.text}`{more}; remove it, bind the class it configures, or "
+        "name the scope of the binding that hides it"
     )
 
 

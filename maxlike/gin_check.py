@@ -43,6 +43,12 @@ class Binding:
         return self.scope, self.target, self.argument
 
 
+def _strongest(bindings: list[Binding], scope: str) -> Binding | None:
+    """Of bindings of one knob the one that counts in a scope: the longest that the scope begins with."""
+    inside = [b for b in bindings if not b.scope or f"{scope}/".startswith(f"{b.scope}/")]
+    return max(inside, key=lambda b: len(b.scope), default=None)
+
+
 class _Names(config_parser.ParserDelegate):
     """Resolves references while a file is parsed."""
 
@@ -205,8 +211,10 @@ class Check:
         """Bindings that took no part in what was built.
 
         `used` holds (scope, target, argument) of gin's operative configuration. A binding counts as used in its own
-        scope or any scope inside it. A macro counts where anything mentions it, and so does a binding of a class that a
-        later binding replaced (`--set experiment.Experiment.optimizer=@adamw.AdamW()` leaves Muon's knobs behind).
+        scope or any scope inside it; one of the command line only where no binding of a longer scope hides it, for who
+        writes it means it to change something. A macro counts where anything mentions it, and so does a binding of a
+        class that a later binding replaced (`--set experiment.Experiment.optimizer=@adamw.AdamW()` leaves Muon's knobs
+        behind).
         """
         effective = self.effective()
         mentioned = {v.name for b in self.bindings for v in leaves(b.value) if isinstance(v, Macro)}
@@ -217,9 +225,10 @@ class Check:
                 if binding.argument not in mentioned and binding.argument != "job":
                     idle.append(binding)
                 continue
-            prefix = f"{binding.scope}/" if binding.scope else ""
+            same = [b for b in effective.values() if (b.target, b.argument) == (binding.target, binding.argument)]
+            rivals = same if binding.where.startswith("--set") else [binding]
             seen = any(
-                target is binding.target and argument == binding.argument and f"{scope}/".startswith(prefix)
+                target is binding.target and argument == binding.argument and _strongest(rivals, scope) is binding
                 for scope, target, argument in used
             )
             if not seen and binding.target not in replaced:

@@ -120,6 +120,12 @@ def test_refuses(tiny, line, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_single_binding_that_a_longer_scope_hides_everywhere_is_refused():
+    config.load("quickstart", bindings=["matrices/schedules.WSD.lr = 0.02"])
+    with pytest.raises(UserError, match=r"`schedules.WSD.lr = 0.02`; .* name the scope of"):
+        config.load("quickstart", bindings=["schedules.WSD.lr = 0.02"])
+
+
 def test_a_required_knob_that_is_missing_is_named(tmp_path):
     path = tmp_path / "bare.gin"
     text = pathlib.Path(__file__).parents[1].joinpath("experiments/quickstart.gin").read_text()
