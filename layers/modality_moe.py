@@ -93,15 +93,19 @@ class ExpertGroup(nnx.Module):
         of_rows = (jnp.reshape(z, (rows, -1, z.shape[2])) for z in (x_SND, chosen_SNE, weight_SNE))
         return jnp.reshape(serve_tokens(self.experts, *of_rows), x_SND.shape)
 
-    def by_auxiliary(self, x_SND: jax.Array, member_SN: jax.Array) -> Routed:
+    def by_auxiliary(self, x_SND: jax.Array, member_SN: jax.Array, sparse: bool) -> Routed:
         """Each token goes to the experts whose auxiliary router fires, which may be none or all of them. The weight is
-        the main router's. On one device every expert runs on every token, for nothing bounds how many it gets."""
+        the main router's.
+
+        sparse: compute the pairs of token and expert that occur, so that of few tokens only the experts that they chose
+        are read. Else, and for whole rows on one device faster, every expert runs on every token: nothing bounds how
+        many it gets."""
         S, N, D = x_SND.shape
         fires_SNE = member_SN[..., None]
         if self.auxiliary is not None:
             fires_SNE = fires_SNE & (self.auxiliary(x_SND) > 0)
         weight_SNE = jnp.where(fires_SNE, self._gate(self._logits(x_SND)), 0.0)
-        if spread():
+        if sparse or spread():
             y_SND = serve_tokens(self.experts, x_SND, fires_SNE, weight_SNE)
         else:
             y_ECD = self.experts(jnp.broadcast_to(jnp.reshape(x_SND, (1, S * N, D)), (self.count, S * N, D)))
@@ -231,7 +235,7 @@ class ModalityMoE(nnx.Module, ReadsFuture):
         results, members = [], [jnp.reshape(member_BT, (S, -1)) for member_BT in self._members(ctx)]
         for index, (group, member_SN) in enumerate(zip(self.groups, members)):
             if by_auxiliary:
-                results.append(group.by_auxiliary(x_SND, member_SN))
+                results.append(group.by_auxiliary(x_SND, member_SN, sparse=ctx.decoding))
             else:
                 noise = jax.random.fold_in(ctx.key, index) if noisy else None
                 results.append(group.by_choice(x_SND, member_SN, noise, B))

@@ -253,6 +253,23 @@ def test_auxiliary_routing_is_its_formula_and_decodes_token_by_token():
         np.testing.assert_allclose(step[:, 0], got[:, t], atol=2e-5)
 
 
+def test_decoding_leaves_alone_the_experts_that_no_token_chose():
+    """Their weights are not a number here: a product with them, even times zero, would show."""
+    _, params, call = layer(**AUXILIARY)
+    x_B1D, modality_B1 = X[:, :1], np.asarray([[0], [1]])
+    ctx = Context(jnp.zeros((B, 1), int), None, jnp.ones(B, int), jnp.asarray(modality_B1), modalities=2)
+    expected, _ = call(params, x_B1D, ctx)
+    poisoned, spared = params, 0
+    for m, index in enumerate(sorted(params["groups"])):
+        group = params["groups"][index]
+        idle_E = silu(x_B1D[m, 0] @ group["auxiliary"]["up"]) @ group["auxiliary"]["out"] <= 0
+        experts = {name: np.where(idle_E[:, None, None], np.nan, w) for name, w in group["experts"].items()}
+        poisoned = {"groups": poisoned["groups"] | {index: group | {"experts": experts}}}
+        spared += idle_E.sum()
+    assert 0 < spared < 7
+    np.testing.assert_array_equal(call(poisoned, x_B1D, ctx)[0], expected)
+
+
 def test_auxiliary_routers_are_judged_by_the_choice_without_changing_it():
     graph, params, call = layer(**AUXILIARY)
     training = context(train=True)
