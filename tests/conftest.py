@@ -28,3 +28,22 @@ absl.flags.FLAGS(["pytest"])  # Grain's workers read absl flags, which somebody 
 
 def pytest_addoption(parser):
     parser.addoption("--update-goldens", action="store_true", help="rewrite the golden tables and losses")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The worst difference of each network or layer to the code it was published with: what tests recorded by
+    `record_property("worst NAME", difference)`.
+
+    Here and not beside the tests: under xdist the process that prints reads no conftest but this.
+    """
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    found = {
+        name.removeprefix("worst "): float(value)
+        for report in reports
+        for name, value in dict(getattr(report, "user_properties", ())).items()
+        if name.startswith("worst ")
+    }
+    if found:
+        terminalreporter.section("largest difference to the published code")
+        for name, value in sorted(found.items()):
+            terminalreporter.write_line(f"{name:40} {value:.2e}")

@@ -87,7 +87,7 @@ def random_weights(torch, model):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
-def test_logits_are_those_of_transformers(causal):
+def test_logits_are_those_of_transformers(causal, record_property):
     """The pair of Ettin. The decoder's windows count the token itself there, the encoder's do not."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     name = "ModernBertDecoder" if causal else "ModernBert"
@@ -115,7 +115,7 @@ def test_logits_are_those_of_transformers(causal):
     got = run(jax.tree.map(jnp.asarray, params), jnp.asarray(tokens))
     with torch.no_grad():
         wanted = model(torch.from_numpy(tokens)).logits.numpy()
-    print("worst difference:", np.abs(got - wanted).max())
+    record_property(f"worst {type(model).__name__}", float(np.abs(got - wanted).max()))
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 

@@ -113,7 +113,7 @@ VERSIONS = {
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_logits_and_greedy_decoding_are_those_of_transformers(version):
+def test_logits_and_greedy_decoding_are_those_of_transformers(version, record_property):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     theirs, ours = VERSIONS[version]
     config = transformers.T5Config(
@@ -149,7 +149,7 @@ def test_logits_and_greedy_decoding_are_those_of_transformers(version):
         sources, targets = torch.from_numpy(SOURCES), torch.from_numpy(TARGETS)
         wanted = model(input_ids=sources, decoder_input_ids=targets).logits.numpy()
         greedy = model.generate(sources, max_new_tokens=24, do_sample=False).numpy()
-    print("worst difference:", np.abs(logits_BTV - wanted).max())
+    record_property(f"worst T5ForConditionalGeneration {version}", float(np.abs(logits_BTV - wanted).max()))
     np.testing.assert_allclose(logits_BTV, wanted, atol=1e-4)
     np.testing.assert_array_equal(tokens_BN, greedy[:, 1:])
     assert len(np.unique(greedy)) > 2, "a constant continuation would prove little"

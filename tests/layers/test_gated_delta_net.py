@@ -106,7 +106,7 @@ def params_of(weights: dict[str, np.ndarray]) -> dict:
     }  # fmt: skip
 
 
-def test_it_is_the_layer_of_transformers():
+def test_it_is_the_layer_of_transformers(record_property):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     config = transformers.Qwen3NextConfig(
@@ -139,4 +139,4 @@ def test_it_is_the_layer_of_transformers():
         y, cache = extend(jnp.asarray(x_1TD[:, first:last]), cache, ctx)
         pieces.append(y)
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), want, atol=2e-5)
-    print(f"Qwen3NextGatedDeltaNet: largest difference {float(np.abs(np.asarray(whole) - want).max()):.1e}")
+    record_property("worst Qwen3NextGatedDeltaNet", float(np.abs(np.asarray(whole) - want).max()))

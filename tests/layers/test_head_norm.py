@@ -20,7 +20,7 @@ from tests.reference.random import random_module
 B, T, D, H, K, W = 2, 7, 16, 4, 4, 24
 
 
-def test_chameleons_block_equals_transformers():
+def test_chameleons_block_equals_transformers(record_property):
     torch = pytest.importorskip("torch")
     chameleon = pytest.importorskip("transformers.models.chameleon.modeling_chameleon")
     config = chameleon.ChameleonConfig(
@@ -57,6 +57,7 @@ def test_chameleons_block_equals_transformers():
         out = theirs(torch.from_numpy(x), attention_mask=mask, position_ids=positions, position_embeddings=angles)
     expected = (out[0] if isinstance(out, tuple) else out).numpy()
     got, _ = nnx.merge(graph, mapped)(jnp.asarray(x), Context.of(x[..., 0]))
+    record_property("worst Chameleon block", float(np.abs(np.asarray(got) - np.asarray(expected)).max()))
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 

@@ -218,7 +218,7 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_equals_transformers(name):
+def test_equals_transformers(name, record_property):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     family, prefix, cls, theirs, ours = THEIRS[name]
@@ -259,4 +259,5 @@ def test_equals_transformers(name):
     graph, shapes = parts(**({"query_rank": 16, "latent_norm": RMSNorm} | ours))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
     got = call(graph, jax.tree.map(jnp.asarray, params), jnp.asarray(x.numpy()))[0]
+    record_property(f"worst MLA of {family} ({name})", float(np.abs(np.asarray(got) - np.asarray(expected)).max()))
     np.testing.assert_allclose(got, expected, atol=1e-5)

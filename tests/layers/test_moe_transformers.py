@@ -77,7 +77,7 @@ def ours_from(theirs: dict[str, np.ndarray], names: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_same_weights_same_output(name):
+def test_same_weights_same_output(name, record_property):
     make, build = PAIRS[name]
     block = make()
     torch.manual_seed(0)
@@ -91,4 +91,5 @@ def test_same_weights_same_output(name):
     params = ours_from({key: value.numpy() for key, value in block.state_dict().items()}, drawn)
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, drawn)
     got = jax.jit(lambda p, x: nnx.merge(graph, p)(x, Context.of(jnp.zeros((B, T))))[0])(params, x_BTD)
+    record_property(f"worst {name} block", float(np.abs(np.asarray(got) - np.asarray(want)).max()))
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
