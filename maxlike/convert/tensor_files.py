@@ -94,6 +94,7 @@ def write(
     for file, names in zip(files, shards, strict=True):
         content = {name: np.ascontiguousarray(tensor(name).astype(dtypes[name])) for name in names}
         safetensors.numpy.save_file(content, directory / file, metadata={"format": "pt"})
+        del content  # before the next shard is made
         (directory / file).chmod(0o644)  # the library makes it private to its owner
     if len(shards) > 1:
         listed = {name: file for file, names in zip(files, shards, strict=True) for name in names}

@@ -134,6 +134,36 @@ def test_a_piece_and_a_tensor_at_a_time_onto_any_mesh(tmp_path, monkeypatch):
         assert not split[path].sharding.is_fully_replicated
 
 
+def test_an_export_holds_one_shard_at_a_time(tmp_path, monkeypatch):
+    """While a tensor is fetched, no other one is on the host, and nothing of a shard that is written already."""
+    family, net, flat = load(checkpoint.write(tmp_path / "a"), network()[0])
+    fetched, written, most, fetch, save = [], [], [0], transfer._slice, safetensors.numpy.save_file
+
+    def alive(references) -> int:
+        return sum(reference() is not None for reference in references)
+
+    def counted_slice(leaf, slot):
+        assert not alive(written)
+        array = fetch(leaf, slot).copy()
+        fetched.append(weakref.ref(array))
+        most[0] = max(most[0], alive(fetched))
+        return array
+
+    def counted_save(content, path, **knobs):
+        written.extend(map(weakref.ref, content.values()))
+        assert sum(array.nbytes for array in content.values()) <= 4096 or len(content) == 1
+        save(content, path, **knobs)
+
+    monkeypatch.setattr(transfer, "_slice", counted_slice)
+    monkeypatch.setattr(safetensors.numpy, "save_file", counted_save)
+    tmp_path.joinpath("b").mkdir()
+    names = transfer.store(family, net, flat, directory=tmp_path / "b", dtype="float32", shard_bytes=4096)
+    assert len(names) > 4 and most[0] == 1
+    files = TensorFiles(tmp_path / "b")
+    for name, value in checkpoint.tensors().items():
+        np.testing.assert_array_equal(files.read(name), value)
+
+
 def test_a_padded_vocabulary_is_zeros_that_are_not_exported(tmp_path):
     directory = checkpoint.write(tmp_path / "a")
     family, net, flat = load(directory, network(vocab_multiple=600)[0])
