@@ -225,11 +225,6 @@ def mesh_size(names: tuple[str, ...]) -> int:
     return 1 if placement is None else math.prod(placement.mesh.shape[name] for name in names)
 
 
-def nested() -> bool:
-    """Whether what is traced here runs inside a `shard_map`."""
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
-
-
 def shard_map(function: Callable, *, over: tuple[str, ...], inputs: Any, outputs: Any, check: bool = True) -> Callable:
     """`function` as each device runs it on its own part of the arrays, free to use collectives (`jax.lax.psum`,
     `all_to_all`, `ppermute`) over the mesh axes `over`; all other mesh axes stay with the compiler.

@@ -15,16 +15,20 @@ def check_rows(knob: str, micro_batches: int, B: int) -> None:
         raise ValueError(f"{knob}={micro_batches} does not divide the {B} rows of a batch: change one of the two")
 
 
-# Rows go between stages by all_to_all: its backward pass is another, where that of an all_gather would be a sum over
-# devices in the dtype of the rows, which XLA's CPU backend cannot compile in bfloat16 inside a shard_map.
+# Rows go between stages by ppermute. Its backward pass is another one; that of an all_gather would be a sum of devices
+# in the dtype of the rows, which XLA's CPU backend cannot compile in bfloat16 inside a shard_map. And for an all_to_all
+# over the stages alone the compiler first brings the rows of all other batch axes together on every device.
 
 
 def cut_rows(x_B: jax.Array, over: tuple[str, ...], micro_batches: int) -> jax.Array:
     """A stage's rows [B / S, ...] -> [M, B / M, ...], all rows of all stages. Every device of the other batch axes
     holds its share of every micro-batch."""
-    S = jax.lax.axis_size(over)
-    copies_BS = jnp.broadcast_to(x_B[:, None], (x_B.shape[0], S, *x_B.shape[1:]))
-    x_BS = jax.lax.all_to_all(copies_BS, over, split_axis=1, concat_axis=1)
+    S, stage = jax.lax.axis_size(over), jax.lax.axis_index(over)
+    from_SB = jnp.zeros((S, *x_B.shape), x_B.dtype).at[stage].set(x_B)
+    for k in range(1, S):
+        got_B = jax.lax.ppermute(x_B, over, [(s, (s + k) % S) for s in range(S)])
+        from_SB = from_SB.at[(stage - k) % S].set(got_B)
+    x_BS = jnp.swapaxes(from_SB, 0, 1)
     return _cut(jnp.reshape(x_BS, (-1, *x_BS.shape[2:])), micro_batches)
 
 
@@ -35,9 +39,13 @@ def _cut(x_B: jax.Array, micro_batches: int) -> jax.Array:
 
 def join_rows(x_MB: jax.Array, over: tuple[str, ...]) -> jax.Array:
     """The inverse of `cut_rows`: of the first stage's [M, B / M, ...] each stage its rows."""
+    S, stage = jax.lax.axis_size(over), jax.lax.axis_index(over)
     x_B = jnp.reshape(x_MB.swapaxes(0, 1), (-1, *x_MB.shape[2:]))
-    x_BS = jnp.reshape(x_B, (-1, jax.lax.axis_size(over), *x_B.shape[1:]))
-    return jax.lax.all_to_all(x_BS, over, split_axis=1, concat_axis=1)[:, 0]
+    x_BS = jnp.reshape(x_B, (-1, S, *x_B.shape[1:]))
+    own_B = x_BS[:, 0]
+    for k in range(1, S):
+        own_B = jnp.where(stage == k, jax.lax.ppermute(x_BS[:, k], over, [(0, k)]), own_B)
+    return own_B
 
 
 @jax.tree_util.register_dataclass

@@ -3,6 +3,8 @@
 `pytest tests/test_collective_goldens.py -m "meshes or not meshes" --update-goldens` rewrites the goldens.
 """
 
+import collections
+import dataclasses
 import pathlib
 
 import pytest
@@ -15,6 +17,7 @@ from tests.reference.collectives import Transformer, sent
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "collectives"
 NET = Transformer(L=4, D=256, H=8, G=4, K=32, F=512, V=2048, B=16, T=128)
+MIXTURE = dataclasses.replace(NET, E=8, W=64, J=2)
 BINDINGS = (
     f"vocab = {NET.V}",
     f"dim = {NET.D}",
@@ -28,33 +31,46 @@ BINDINGS = (
     "stack.Stack.scan = True",
 )
 SHAPES = {"tensor": "sharding.Mesh.shape = {'tensor': 4}"}
-FAST = ("hsdp_tp", "fsdp_context")
-MESHES = [*FAST, *(pytest.param(mesh, marks=pytest.mark.meshes) for mesh in ("data", "fsdp", "hsdp", "tensor"))]
+NETS = {
+    **dict.fromkeys(("expert", "expert_fsdp"), MIXTURE),
+    **dict.fromkeys(("pipeline", "pipeline_fsdp"), dataclasses.replace(NET, M=4)),
+    "pipeline_1f1b": dataclasses.replace(NET, M=4, one_f_one_b=True),
+}
+FAST = ("hsdp_tp", "fsdp_context", "expert_fsdp")
+SLOW = ("data", "fsdp", "hsdp", "tensor", "expert", "pipeline", "pipeline_fsdp", "pipeline_1f1b")
+MESHES = [*FAST, *(pytest.param(mesh, marks=pytest.mark.meshes) for mesh in SLOW)]
 # What the formula leaves out: gradients of gains, norms of gradients, metrics. Of all bytes sent.
 SMALL = 0.005
 
 
-def table(found, expected, total) -> str:
-    """kind | axes | kilobytes | formula | ratio, a line each, but for what is less than SMALL of all."""
+def table(found, counts, expected, total) -> str:
+    """kind | axes | executions | kilobytes | formula | ratio, a line each, but for what is less than SMALL of all."""
     lines = []
     for key in sorted({*found, *expected}):
         measured, formula = found.get(key, 0), expected.get(key, 0)
         if max(measured, formula) > SMALL * total:
             ratio = f"{measured / formula:.2f}" if formula else "-"
-            lines.append(f"{key[0]} | {' '.join(key[1])} | {measured / 1000:,.0f} | {formula / 1000:,.0f} | {ratio}")
+            names = f"{key[0]} | {' '.join(key[1])} | {counts.get(key, 0)}"
+            lines.append(f"{names} | {measured / 1000:,.0f} | {formula / 1000:,.0f} | {ratio}")
     return "\n".join(lines) + "\n"
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_step_sends_what_the_formula_says(mesh, request):
-    bindings = [*BINDINGS, *([SHAPES[mesh]] if mesh in SHAPES else [])]
-    experiment = config.load("families/transformer", overlays=[f"mesh/{mesh}"], bindings=bindings)
+    net, bindings = NETS.get(mesh, NET), [*BINDINGS, *([SHAPES[mesh]] if mesh in SHAPES else [])]
+    if net.E:
+        bindings += [f"experts.Experts.count = {net.E}", f"expert_width = {net.W}", f"routers.TopK.top_k = {net.J}"]
+    family = "families/moe" if net.E else "families/transformer"
+    experiment = config.load(family, overlays=[f"mesh/{mesh}"], bindings=bindings)
     program = Program.of(experiment, experiment.mesh.open())
     text = program.lower_step(random_batch(experiment, NET.V)).compile().as_text()
-    found = by_axis(collectives(text, program.layout.mesh))
-    expected = sent(NET, dict(program.layout.mesh.shape))
+    sent_here = collectives(text, program.layout.mesh)
+    found, counts = by_axis(sent_here), collections.Counter()
+    for collective in sent_here:
+        counts[collective.kind, collective.axes] += collective.times
+    expected = sent(net, dict(program.layout.mesh.shape))
     total = sum(found.values())
-    told = table(found, expected, total)
+    told = table(found, counts, expected, total)
     path = GOLDENS / f"{mesh}.txt"
     if request.config.getoption("--update-goldens"):
         path.parent.mkdir(parents=True, exist_ok=True)

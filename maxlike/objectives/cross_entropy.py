@@ -69,8 +69,7 @@ def cross_entropy(
     (0 or 1) that are to be summed by themselves; None: no parts.
     """
     hidden_BTD = axes.constrain(hidden_BTD, "batch", "length", "act_embed")
-    # Inside another shard_map (a stage of a pipeline) chunks are of all rows.
-    over = () if axes.nested() else tuple(dict.fromkeys(axes.mesh_axes("batch") + axes.mesh_axes("length")))
+    over = tuple(dict.fromkeys(axes.mesh_axes("batch") + axes.mesh_axes("length")))
     cut = axes.shards("length")
     rows, length = hidden_BTD.shape[0] // axes.shards("batch"), hidden_BTD.shape[1] // cut  # on a device
     if chunk is None:
