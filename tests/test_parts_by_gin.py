@@ -55,10 +55,12 @@ PAINTER = On("image_tokenizer", ("width = 16",), PICTURES)
 TRANSLATOR = (
     "experiment.Experiment.model = @encoder_decoder.EncoderDecoder; "
     "encoder_decoder.EncoderDecoder.vocab = %vocab; encoder_decoder.EncoderDecoder.dim = %dim; "
-    "encoder_decoder.EncoderDecoder.encoder = @source/stack.Stack; source/stack.Stack.pattern = (@source/block.Block,); "
+    "encoder_decoder.EncoderDecoder.encoder = @source/stack.Stack; "
+    "source/stack.Stack.pattern = (@source/block.Block,); "
     "encoder_decoder.EncoderDecoder.decoder = @stack.Stack; stack.Stack.pattern = (@block.Block, @cross/block.Block); "
     "encoder_decoder.EncoderDecoder.norm = @norm.RMSNorm; "
-    "encoder_decoder.EncoderDecoder.bias = @relative_attention.RelativeBias; relative_attention.RelativeBias.heads = 2; "
+    "encoder_decoder.EncoderDecoder.bias = @relative_attention.RelativeBias; "
+    "relative_attention.RelativeBias.heads = 2; "
     "block.Block.mixer = @relative_attention.RelativeAttention; relative_attention.RelativeAttention.heads = 2; "
     "source/block.Block.mixer = @source/relative_attention.RelativeAttention; "
     "source/relative_attention.RelativeAttention.causal = False; cross/block.Block.ffn = None; "
@@ -69,7 +71,8 @@ BOUND = {
     "gated_delta_net": (
         DENSE,
         MIXER + "gated_delta_net.GatedDeltaNet; gated_delta_net.GatedDeltaNet.heads = 2; "
-        "gated_delta_net.GatedDeltaNet.norm = @gated_norm.GatedRMSNorm; gated_norm.GatedRMSNorm.norm_before_gate = True",
+        "gated_delta_net.GatedDeltaNet.norm = @gated_norm.GatedRMSNorm; "
+        "gated_norm.GatedRMSNorm.norm_before_gate = True",
     ),
     "gated_linear_attention": (
         DENSE,
@@ -105,7 +108,8 @@ BOUND = {
     ),
     "device_balance": (
         SPARSE,
-        "moe.MoE.losses = (@balance.DeviceBalance,); balance.DeviceBalance.groups = 2; balance.DeviceBalance.target = 2",
+        "moe.MoE.losses = (@balance.DeviceBalance,); balance.DeviceBalance.groups = 2; "
+        "balance.DeviceBalance.target = 2",
     ),
     "z_loss": (SPARSE, "moe.MoE.losses = (@balance.ZLoss,); balance.ZLoss.coefficient = 1e-3"),
     "capacity": (SPARSE, "moe.MoE.dispatch = @dispatch.Capacity; dispatch.Capacity.priority = 'probability'"),
