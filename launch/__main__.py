@@ -136,13 +136,14 @@ def _run(argv: list[str]) -> None:
         catalog.find("job", arguments.job)
     from launch import environment
 
-    simulated.prepare(arguments.job or DEFAULT_JOB, rest)
-    environment.prepare(arguments.xla)
+    wanted = arguments.job or DEFAULT_JOB
+    simulated.prepare(wanted, rest)
+    environment.prepare(arguments.xla, simulated.compiles_for(wanted, rest))
     import absl.flags
 
     absl.flags.FLAGS(["maxlike"])  # Grain's workers read absl flags, which somebody must have parsed
     distributed.join(arguments.coordinator, arguments.processes, arguments.process, arguments.join_timeout)
-    from maxlike import config, noun
+    from maxlike import config, noun, refusals
 
     subject = config.load(
         arguments.experiment,
@@ -158,7 +159,9 @@ def _run(argv: list[str]) -> None:
         _show_job(job, name)
         return
     run_dir = pathlib.Path(arguments.run_dir or pathlib.Path("runs") / _run_name(arguments.experiment))
-    job(subject, run_dir, **_job_flags(job, rest, name))
+    flags = _job_flags(job, rest, name)
+    with refusals.as_user_errors():
+        job(subject, run_dir, **flags)
 
 
 def main() -> int:

@@ -40,12 +40,13 @@ def skip_absent_tpu() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def prepare(groups: list[str]) -> None:
+def prepare(groups: list[str], target: str | None = None) -> None:
     """Sets malloc, XLA's flags and the persistent compile cache, leaving alone whatever the user has set.
 
-    groups: groups of XLA flags beside the default ones, see `xla_flags.TABLE`.
+    groups: groups of XLA flags beside the default ones, see `xla_flags.TABLE`. target: the platform that programs are
+    compiled for, None for this machine's.
     """
-    hardware = platform()
+    hardware = platform() if target is None else target
     skip_absent_tpu()
     flags = xla_flags.chosen(hardware, groups)
     use_huge_pages()

@@ -1,5 +1,6 @@
 """Jobs that run on simulated devices, or on none, whatever hardware this machine has."""
 
+import importlib.util
 import os
 
 # Unoptimised code: such jobs compile dozens of small programs and run each for a moment.
@@ -39,6 +40,16 @@ def prepare(job: str, flags: list[str]) -> None:
     present = os.environ.get("XLA_FLAGS", "")
     ours = [flag for flag in wanted if flag.split("=")[0] not in present]
     os.environ["XLA_FLAGS"] = " ".join([present, *ours]).strip()
+
+
+def compiles_for(job: str, flags: list[str]) -> str | None:
+    """The platform whose compiler a job will ask for, where that is not this machine's: of `plan --topology v5e:4x4`
+    the TPU's, so that the plan is of the program that a run will compile, with its flags. None without libtpu: the job
+    says what is missing."""
+    topology = _value(flags, "--topology") if job == "plan" else None
+    if topology is None or topology.partition(":")[0] in ("cpu", "local"):
+        return None
+    return "tpu" if importlib.util.find_spec("libtpu") else None
 
 
 def _value(flags: list[str], name: str) -> str | None:

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from launch import __main__ as launcher
-from launch import environment, simulated
+from launch import environment, simulated, xla_flags
 from maxlike.errors import Failed
 
 
@@ -35,6 +35,32 @@ def test_jax_is_told_that_there_is_no_tpu_where_libtpu_alone_would_look_for_one(
     monkeypatch.setenv("JAX_PLATFORMS", "")
     environment.skip_absent_tpu()
     assert os.environ["JAX_PLATFORMS"] == ""  # what the user has set, be it nothing
+
+
+def test_a_plan_for_a_tpu_is_compiled_with_the_tpus_flags(monkeypatch, tmp_path):
+    """On a machine without one, whatever group of them is asked for; other jobs and targets take this machine's."""
+    installed = {"libtpu"}
+    monkeypatch.setattr(simulated.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    assert simulated.compiles_for("plan", ["--topology", "v6e:8x8"]) == "tpu"
+    for job, flags in (
+        ("train", ["--topology", "v6e:8x8"]),
+        ("plan", ["--topology=cpu:8"]),
+        ("plan", ["--topology=local"]),
+        ("plan", ["--hardware", "v6e"]),
+    ):
+        assert simulated.compiles_for(job, flags) is None
+    monkeypatch.setenv("MAXLIKE_CACHE", str(tmp_path))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # the process is not to be started again
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+    monkeypatch.setattr(xla_flags, "accepted", lambda platform, flags, record: flags)
+    environment.prepare(["large_vmem"], simulated.compiles_for("plan", ["--topology=v6e:8x8"]))
+    table = xla_flags.TABLE["tpu"]
+    assert os.environ["LIBTPU_INIT_ARGS"].split() == [f.text for f in (*table["default"], *table["large_vmem"])]
+    assert os.environ["XLA_FLAGS"] == ""
+    installed.clear()  # the job itself says what is missing
+    assert simulated.compiles_for("plan", ["--topology", "v6e:8x8"]) is None
 
 
 def test_a_yes_or_no_flag_is_a_switch():
