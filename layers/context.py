@@ -33,6 +33,18 @@ class ReadsFuture:
         raise ValueError(f"{type(self).__name__} cannot decode: what it does with a token depends on later ones")
 
 
+class ReadsSource:
+    """Marks a mixer whose cache is made from the encoded source of an encoder-decoder. Stack has none for it
+    elsewhere."""
+
+
+class CountsLayers:
+    """Marks a mixer with a knob that says how many layers the network has. Stack, which knows, asks it."""
+
+    def check_layers(self, count: int) -> None:
+        """Raises ValueError, naming the knob, where it does not go with `count` layers."""
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["tokens_BS", "positions_BS", "segments_BS"], meta_fields=[]
 )

@@ -119,7 +119,7 @@ class EncoderDecoder(nnx.Module):
         segments_BS = source.segments_BS
         real_BS = jnp.ones(source.tokens_BS.shape, bool) if segments_BS is None else segments_BS > 0
         batch = source.tokens_BS.shape[0]
-        empty = self.decoder.init_cache(batch, length, dtype)
+        empty = self.decoder.init_cache(batch, length, dtype, source=True)
         return {
             "length_B": jnp.zeros(batch, jnp.int32),
             "slots_S": jnp.arange(length, dtype=jnp.int32),

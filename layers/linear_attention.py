@@ -12,7 +12,7 @@ from flax import nnx
 
 from layers import axes, recurrence
 from layers.cache import real
-from layers.context import Context, CutsLength
+from layers.context import Context, CountsLayers, CutsLength
 from layers.linear import Linear
 from layers.norm import RMSNorm
 
@@ -35,7 +35,7 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.concatenate([powers(below), powers(2 * below)[0::2][: heads - below]])
 
 
-class LightningAttention(nnx.Module, CutsLength):
+class LightningAttention(nnx.Module, CutsLength, CountsLayers):
     """The gated linear attention of TransNormerLLM (arXiv 2307.14995, section 3.1), computed by blocks (Lightning
     Attention-2, arXiv 2401.04658):
 
@@ -56,7 +56,8 @@ class LightningAttention(nnx.Module, CutsLength):
         lrpe: factory of LRPE, or None; the released models have it in layer 0 alone (Stack.prefix).
         gate: whether there is u. norm: factory of the norm over H K channels. chunk >= 1 tokens a block: speed alone.
     Decoding: the cache is the state, float32 [H, K, K], [H, 2K, K] with LRPE, whatever the length.
-    Refuses heads that do not divide the width, and layers above 1 where the network does not say which layer it is.
+    Refuses heads that do not divide the width, layers above 1 where the network does not say which layer it is, and
+        fewer than its Stack has: the last ones would not decay.
     """
 
     def __init__(
@@ -100,8 +101,16 @@ class LightningAttention(nnx.Module, CutsLength):
         """Width N of queries and keys as the state sees them."""
         return self.head_dim if self.lrpe is None else 2 * self.head_dim
 
+    def check_layers(self, count: int) -> None:
+        """Raises ValueError where the network has more layers than the slopes are scaled for."""
+        if 1 < self.layers < count and self.decay != "none":
+            raise ValueError(
+                f"LightningAttention.layers={self.layers} is less than the {count} layers of its Stack (prefix, depth "
+                f"and suffix), the last of which would not decay: set it to {count}, or to 1 for the same decay in all"
+            )
+
     def log_decay(self, layer: jax.Array | None) -> jax.Array | None:
-        """Float32 [H] of this layer, or None without decay. A layer past the last does not decay."""
+        """Float32 [H] of this layer, or None without decay."""
         if self.decay == "none":
             return None
         if self.layers > 1 and layer is None:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from layers import axes, kernels, taps
 from layers.cache import real, write
-from layers.context import Context, ReadsPrefix
+from layers.context import Context, ReadsPrefix, ReadsSource
 from layers.linear import Linear
 
 
@@ -170,7 +170,7 @@ class RelativeAttention(nnx.Module, ReadsPrefix):
         return projections + 2 * 2.0 * self.heads * self.head_dim * keys
 
 
-class CrossAttention(nnx.Module, ReadsPrefix):
+class CrossAttention(nnx.Module, ReadsPrefix, ReadsSource):
     """Attention of a decoder's row on the output of an encoder, Context.memory_BSD (Vaswani et al. 2017).
 
     x and y: [B, T, D]. aux is empty. A token sees the source tokens of its own segment, or where the decoder's rows are

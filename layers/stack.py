@@ -10,7 +10,7 @@ from flax import nnx
 
 from layers import axes, kernels, taps
 from layers.block import Aux
-from layers.context import Context
+from layers.context import Context, CountsLayers, ReadsSource
 from layers.remat import POLICIES, policy
 
 
@@ -31,8 +31,9 @@ class Stack(nnx.Module):
         else scanned.
         pipeline: factory such as pipeline.Circular of how the repeated part runs where the mesh spreads "layers" over
         stages; None for a mesh without.
-    Refuses an empty pattern, and a depth that is no positive multiple of its length; a mesh with stages without a
-    pipeline. Decoding runs stage after stage.
+    Refuses an empty pattern, and a depth that is no positive multiple of its length; mixers made for fewer layers than
+    there are; a mesh with stages without a pipeline; a cache for blocks one of which has none (causal=False) or has it
+    from an encoder's source alone (CrossAttention). Decoding runs stage after stage.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Stack(nnx.Module):
         self.prefix = nnx.List([block(dim, rngs=rngs) for block in prefix])
         self.periods = _name_layers(jax.vmap(period)(jax.random.split(rngs.params(), self.repeats)))
         self.suffix = nnx.List([block(dim, rngs=rngs) for block in suffix])
+        for mixer in _parts((self.prefix, self.periods, self.suffix), CountsLayers):
+            mixer.check_layers(self._last + len(suffix))
 
     def _scanned(self) -> bool:
         on_cpu = kernels.platform() == "cpu"
@@ -145,12 +148,28 @@ class Stack(nnx.Module):
         x_BTD, after = self.leave(x_BTD, ctx)
         return x_BTD, by_depth(before, middle, after)
 
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, Any]:
-        def caches(blocks):
-            return tuple(block.init_cache(batch, length, dtype) for block in blocks)
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype, *, source: bool = False) -> dict[str, Any]:
+        """Empty caches of all blocks for rows of at most `length` tokens. source: whether an encoder's output will fill
+        those of cross-attentions (EncoderDecoder)."""
 
-        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * self.repeats), caches(self.periods))
-        return {"prefix": caches(self.prefix), "periods": stacked, "suffix": caches(self.suffix)}
+        def cache(block, layer: int):
+            try:
+                if not source and _parts(block, ReadsSource):
+                    raise ValueError("cross-attention decodes in EncoderDecoder.decoder alone, which has a source")
+                return block.init_cache(batch, length, dtype)
+            except ValueError as refusal:
+                raise ValueError(
+                    f"Stack.pattern has no cache: its layer {layer}, a {type(block).__name__}, cannot decode beside "
+                    f"the others ({refusal})"
+                ) from refusal
+
+        def caches(blocks, first: int):
+            return tuple(cache(block, first + i) for i, block in enumerate(blocks))
+
+        before, after = caches(self.prefix, 0), caches(self.suffix, self._last)
+        middle = caches(self.periods, len(self.prefix))
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * self.repeats), middle)
+        return {"prefix": before, "periods": stacked, "suffix": after}
 
     def extend(self, x_BTD: jax.Array, cache: dict[str, Any], ctx: Context) -> tuple[jax.Array, dict[str, Any]]:
         x_BTD, before = self._run(x_BTD, self.prefix, cache["prefix"], ctx, 0)
@@ -185,6 +204,12 @@ class Stack(nnx.Module):
     def flops_per_token(self, length: int) -> float:
         outside = sum(block.flops_per_token(length) for block in (*self.prefix, *self.suffix))
         return outside + self.repeats * sum(block.flops_per_token(length) for block in self.periods)
+
+
+def _parts(network: Any, kind: type) -> list[Any]:
+    """The modules of a kind in a tree of modules."""
+    leaves = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, kind))
+    return [part for part in leaves if isinstance(part, kind)]
 
 
 def unroll(network: Any) -> Any:

@@ -13,9 +13,11 @@ from layers.attention import Attention
 from layers.block import Block
 from layers.context import Context
 from layers.experts import Experts
+from layers.linear_attention import LightningAttention
 from layers.mlp import GatedMLP
 from layers.moe import MoE
 from layers.norm import RMSNorm
+from layers.relative_attention import CrossAttention
 from layers.remat import POLICIES
 from layers.routers import TopK
 from layers.stack import Stack, unroll, unstack
@@ -200,3 +202,25 @@ def test_metrics_of_one_name_and_two_shapes_are_refused():
     ctx = Context.of(jnp.zeros((2, T)), key=jax.random.key(0))
     with pytest.raises(ValueError, match="layers report 'ffn/noise' in different shapes"):
         jax.eval_shape(lambda x: stack(x, ctx), jax.ShapeDtypeStruct((2, T, D), jnp.float32))
+
+
+def test_a_block_that_cannot_decode_beside_the_others_is_named():
+    both_ways = F(Block, mixer=F(Attention, heads=2, causal=False), ffn=None, norm=RMSNorm)
+    cross = F(Block, mixer=F(CrossAttention, heads=2), ffn=None, norm=RMSNorm)
+    for block, why in ((both_ways, "Attention.causal=False"), (cross, "EncoderDecoder.decoder")):
+        mixed = build(prefix=(LOCAL,), pattern=(LOCAL, block))
+        with pytest.raises(ValueError, match=rf"Stack\.pattern .* layer 2, a Block, .*{why}"):
+            mixed.init_cache(2, T, jnp.float32)
+    filled_later = build(pattern=(LOCAL, cross)).init_cache(2, T, jnp.float32, source=True)
+    assert filled_later["periods"][1] == {}
+
+
+def test_a_mixer_made_for_fewer_layers_is_refused():
+    def lightning(**knobs):
+        mixer = F(LightningAttention, heads=2, **knobs)
+        return build(prefix=(LOCAL,), pattern=(F(Block, mixer=mixer, ffn=None, norm=RMSNorm),), suffix=(LOCAL,))
+
+    with pytest.raises(ValueError, match=r"LightningAttention\.layers=5 is less than the 6 layers"):
+        lightning(layers=5)
+    for knobs in ({"layers": 6}, {"layers": 9}, {"layers": 1}, {"layers": 5, "decay": "none"}):
+        lightning(**knobs)
