@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from maxlike import interrupt, passport
+from maxlike.cautions import cautions
 from maxlike.checkpoint import Store
 from maxlike.config import bindings_of
 from maxlike.console import Console, Screen
@@ -118,6 +119,8 @@ def fit(
     with RunDirectory(run_dir, mode=mode) as run, Log(run, experiment, screen) as log:
         experiment.check_vocabulary()
         program = program_of(experiment, layout)
+        for sentence in cautions(experiment, layout):
+            log.say(sentence)
         batches = experiment.data.train(
             sequence_length=experiment.sequence_length,
             batch_size=experiment.batch_size,
