@@ -95,8 +95,8 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     kernels.take("embedding", "exchange", f"the table stays on its devices: ids on {rows}, width on {columns}")
     if tokens_BT.shape[1] % axes.shards("residual_length"):
         raise ValueError(
-            f"rows of {tokens_BT.shape[1]} tokens do not divide over the {axes.shards('residual_length')} devices of "
-            f"the mesh axes {', '.join(spread)}: change the length or the mesh"
+            f"rows of {tokens_BT.shape[1]} tokens (Experiment.sequence_length) do not divide over the "
+            f"{axes.shards('residual_length')} devices of the mesh axes {', '.join(spread)}: change it or Mesh.shape"
         )
     V = table_VD.shape[0]
 

@@ -88,8 +88,8 @@ class EncoderDecoder(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, ctx: Context) -> Output:
         if ctx.source is None:
             raise ValueError(
-                "EncoderDecoder needs Context.source: give the batch the fields `sources`, `source_positions` and "
-                "`source_segment_ids`"
+                "EncoderDecoder needs Context.source and rows of plain text have none: give the batch the fields "
+                "`sources`, `source_positions` and `source_segment_ids`, or train a LanguageModel on them"
             )
         keys = (None, None) if ctx.key is None else jax.random.split(ctx.key)
         memory_BSD, encoder_aux = self.encode(ctx.source, key=keys[0], train=ctx.train)

@@ -16,7 +16,8 @@ from layers.language_model import LanguageModel
 from layers.stack import unroll
 from maxlike.check.compare import Comparison, compare
 from maxlike.check.subject import Subject
-from maxlike.check.variant import LeftOut, Row, refused_by_us
+from maxlike.check.variant import LeftOut, Row
+from maxlike.refusals import is_refusal
 
 REORDERED = 1e-4  # of a tensor's magnitude, float32: the same result by another algorithm
 PROMPTS, LENGTH = (7, 4), 16  # tokens of each row's prompt, and of the whole row
@@ -58,7 +59,7 @@ def _computed(subject: Subject, run: Callable) -> list[np.ndarray]:
         with subject.base.chosen():
             lowered = jax.jit(run).lower(*state)
     except ValueError as error:
-        if not refused_by_us(error):
+        if not is_refusal(error):
             raise
         raise LeftOut(f"refused: {error}") from error
     return [np.asarray(x) for x in lowered.compile()(*state)]

@@ -19,13 +19,14 @@ from maxlike import checkpoint_tree, config
 from maxlike.check import documents, watch
 from maxlike.check.compare import METRICS, Comparison, Record, by_depth, compare
 from maxlike.check.shrink import Bindings, Change, shrink
-from maxlike.check.variant import LeftOut, Recorder, Row, Variant, broken, refused_by_us
+from maxlike.check.variant import LeftOut, Recorder, Row, Variant, broken
 from maxlike.convert.structure import Structure
 from maxlike.data.data import Batches
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.optimizers.moments import Moments
 from maxlike.program import Program
+from maxlike.refusals import is_refusal
 
 STEPS = 2  # updates a variant makes: the second one reads what the first one wrote
 NOISE = 0.05  # added to every parameter, so that none that begins at zero hides a mistake
@@ -192,7 +193,7 @@ class Subject:
                 program = Program.of(variant.experiment, variant.layout)
                 lowered = program.lower_step(batch)
         except ValueError as error:
-            if not refused_by_us(error):
+            if not is_refusal(error):
                 raise
             raise LeftOut(f"refused: {error}") from error
         self._taken[variant] = {op for op, _, _ in kernels.report()}

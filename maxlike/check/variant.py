@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -93,14 +92,6 @@ def broken(name: str, compared: str, error: Exception) -> Row:
     lines = str(error).strip().splitlines()
     trace = "".join(traceback.format_exception(error))
     return Row(name, compared, None, f"{type(error).__name__}: {lines[0] if lines else ''}", failed=True, trace=trace)
-
-
-def refused_by_us(error: BaseException) -> bool:
-    """Whether an exception is a sentence of ours, raised by a `raise` of ours: jax hides its own frames, so an error of
-    jax also seems to end in our code, but at a call."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    ours = any(f"/{package}/" in pathlib.PurePath(frame.filename).as_posix() for package in ("layers", "maxlike"))
-    return ours and (frame.line or "").startswith("raise ")
 
 
 def parts(network: Any, kind: type) -> list[Any]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlike.experiment import Experiment
+from maxlike.refusals import is_refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ def cache_size(experiment: Experiment, dtype: Any = None) -> CacheSize:
     try:
         short, long = total(length), total(2 * length)
     except ValueError as refusal:
+        if not is_refusal(refusal):
+            raise
         return CacheSize(refusal=str(refusal))
     a_token = (long - short) / length
     return CacheSize(a_token, short - a_token * length)

@@ -15,6 +15,7 @@ from maxlike.decode.loop import Generated, generate
 from maxlike.decode.sampling import Sampling, SamplingRows
 from maxlike.decode.text_stream import TextStream
 from maxlike.errors import UserError
+from maxlike.refusals import is_refusal
 
 SMALLEST_BUCKET = 32
 PLAIN = Sampling()
@@ -172,6 +173,8 @@ class Generator:
         try:
             jax.eval_shape(lambda: model.init_cache(1, 2, self.cache_dtype))
         except ValueError as refusal:
+            if not is_refusal(refusal):
+                raise
             raise UserError(f"this model cannot continue a text: {refusal}") from refusal
         if self.tokenizer.vocab_size > model.vocab:
             raise UserError(

@@ -28,7 +28,7 @@ def launch(*arguments, **options):
 @pytest.fixture
 def here(monkeypatch):
     """`main` in this process, without touching its environment."""
-    monkeypatch.setattr(environment, "prepare", lambda groups: None)
+    monkeypatch.setattr(environment, "prepare", lambda *given: None)
 
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["launch", *arguments])
