@@ -88,9 +88,11 @@ class LoadBalance:
     e; 1 when balanced (Switch, arXiv 2101.03961, eq. 4).
 
     Coefficients written for the form whose minimum is top_k (Qwen2-MoE, MaxText) are to be multiplied by top_k, and
-    those of a mean over layers (transformers) divided by the number of layers: here the losses of layers are summed.
+    those of a mean over layers divided by the number of layers: here the losses of layers are summed. (That of
+    transformers is neither, but of all layers' tokens together: `pooled_balance.PooledBalance`.)
     coefficient > 0: 1e-2 in Switch, 1e-3 to 1e-4 beside a bias. scope: "batch" counts all tokens of the (global)
-    micro-batch, "sequence" each row, then averages rows (DeepSeek-V3).
+    micro-batch, "sequence" each row, then averages rows (DeepSeek-V3). There is none for the tokens of a device: the
+    loss of a run would depend on its mesh.
     """
 
     experts: int

@@ -11,6 +11,7 @@ from layers import axes
 from layers.balance import LoadBalance, count_choices
 from layers.context import Context
 from layers.dispatch import Dropless
+from layers.pooled_balance import PooledBalance
 from layers.routers import Routing
 from layers.selection import real_tokens
 
@@ -31,9 +32,10 @@ class MoE(nnx.Module):
         shared: factory of a feed-forward that all tokens pass, or None; shared_gate: its output times
         sigmoid(x w), one number a token (Qwen2-MoE).
         dispatch: factory, dispatch.Dropless or dispatch.Capacity.
-        losses: factories of balance.LoadBalance, DeviceBalance, ZLoss; their sum is over layers, too.
-    Refuses a shared_gate without shared. Warns where a selection bias meets a LoadBalance coefficient of 1e-2 or more:
-    the two pull against each other.
+        losses: factories of balance.LoadBalance, DeviceBalance, ZLoss, whose sum is over layers, too, and of
+        pooled_balance.PooledBalance, one loss for all layers.
+    Refuses a shared_gate without shared. Warns where a selection bias meets a LoadBalance or PooledBalance whose
+    coefficient is 1e-2 or more: the two pull against each other.
     """
 
     def __init__(
@@ -59,11 +61,12 @@ class MoE(nnx.Module):
         self.shared_gate = axes.param(rngs, (dim,), ("embed",)) if shared_gate else None
         self.dispatch = dispatch()
         self.losses = tuple(loss(N, Z, self.router.top_k) for loss in losses)
-        strong = [x.coefficient for x in self.losses if isinstance(x, LoadBalance) and x.coefficient >= 1e-2]
+        strong = [x for x in self.losses if isinstance(x, LoadBalance | PooledBalance) and x.coefficient >= 1e-2]
         if strong and self.router.bias is not None:
+            knob = f"{type(strong[0]).__name__}.coefficient={strong[0].coefficient}"
             warnings.warn(
-                f"LoadBalance.coefficient={strong[0]} beside TopK.bias: the loss will do the balancing; lower it to "
-                "about 1e-4, or leave one of them out",
+                f"{knob} beside TopK.bias: the loss will do the balancing; lower it to about 1e-4, or leave one of "
+                "them out",
                 stacklevel=2,
             )
 
@@ -85,9 +88,12 @@ class MoE(nnx.Module):
             y_BTD = y_BTD + shared_BTD
             shared_losses = [shared_aux["loss"]] if "loss" in shared_aux else []
             aux |= {f"shared/{name}": value for name, value in shared_aux.items() if name != "loss"}
-        losses = {loss.name: loss(routing, real_BT) for loss in self.losses}
-        weighted = [loss.coefficient * losses[loss.name] for loss in self.losses] + shared_losses
+        own = [loss for loss in self.losses if not isinstance(loss, PooledBalance)]
+        losses = {loss.name: loss(routing, real_BT) for loss in own}
+        weighted = [loss.coefficient * losses[loss.name] for loss in own] + shared_losses
         aux |= losses | ({"loss": sum(weighted)} if weighted else {})
+        for pooled in (loss for loss in self.losses if isinstance(loss, PooledBalance)):
+            aux |= pooled.report(routing, real_BT)
         counts_E = jnp.sum(count_choices(routing.index_BTJ, real_BT, routing.logits_BTE.shape[2]), 0)
         return self.router.report(y_BTD, counts_E), aux
 

@@ -11,6 +11,7 @@ from flax import nnx
 from layers import axes, kernels, taps
 from layers.block import Aux
 from layers.context import Context, CountsLayers, ReadsSource
+from layers.pooled_balance import pool
 from layers.remat import POLICIES, policy
 
 
@@ -146,7 +147,7 @@ class Stack(nnx.Module):
         x_BTD, before = self.enter(x_BTD, ctx)
         x_BTD, middle = self._repeat(x_BTD, ctx)
         x_BTD, after = self.leave(x_BTD, ctx)
-        return x_BTD, by_depth(before, middle, after)
+        return x_BTD, pool(by_depth(before, middle, after))
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype, *, source: bool = False) -> dict[str, Any]:
         """Empty caches of all blocks for rows of at most `length` tokens. source: whether an encoder's output will fill

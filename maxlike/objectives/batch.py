@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.context import Context, Source
+from layers.pooled_balance import MARK
 from maxlike.errors import UserError
 from maxlike.metrics import Mean
 
@@ -40,10 +41,17 @@ def context_of(batch: dict[str, jax.Array], key: jax.Array | None) -> Context:
 def read_aux(aux: Any, tokens: jax.Array, owner: str = "layers") -> tuple[jax.Array, dict[str, Mean]]:
     """(losses, metrics) of what layers report: their losses summed, over `tokens` weighted tokens, for the objective;
     everything by name under `owner`, losses summed over layers and the rest averaged; the
-    rest also for each layer, shallow first, as a vector under NAME/each where several layers report it."""
+    rest also for each layer, shallow first, as a vector under NAME/each where several layers report it.
+
+    Raises UserError for the parts of a balance loss over all layers that nobody has put together."""
     losses, metrics = jnp.zeros((), jnp.float32), {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(aux)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if f"{MARK}/" in name:
+            raise UserError(
+                "PooledBalance needs all layers in one place, and MultiToken and OneFOneB have them in several: bind "
+                "balance.LoadBalance in MoE.losses instead"
+            )
         value = leaf.astype(jnp.float32)
         if name.split("/")[-1] == "loss":
             value = jnp.sum(value)
