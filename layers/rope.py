@@ -20,6 +20,11 @@ def _check_factor(owner: str, factor: float) -> None:
         raise ValueError(f"{owner}.factor={factor} must be at least 1: it is new length / trained length")
 
 
+def _check_length(owner: str, original_length: int) -> None:
+    if original_length < 1:
+        raise ValueError(f"{owner}.original_length={original_length} must be at least 1: it is the trained length")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearScaling:
     """Position interpolation (Chen et al. 2023, arXiv 2306.15595): every frequency divided by `factor` >= 1."""
@@ -57,7 +62,7 @@ class YaRN:
     fewer than `beta_slow` times is divided by `factor`, with a linear ramp over the pair index between them. cos and
     sin are multiplied by `attention_factor`, by default 0.1 ln(factor) + 1; 1.0 gives NTK-by-parts alone.
 
-    Knobs: factor >= 1; original_length, the trained length in tokens; beta_fast > beta_slow > 0 turns; truncate,
+    Knobs: factor >= 1; original_length >= 1, the trained length in tokens; beta_fast > beta_slow > 0 turns; truncate,
     whether the ends of the ramp are rounded outwards to whole pairs.
     """
 
@@ -70,6 +75,7 @@ class YaRN:
 
     def __post_init__(self):
         _check_factor("YaRN", self.factor)
+        _check_length("YaRN", self.original_length)
         if not self.beta_fast > self.beta_slow > 0:
             raise ValueError(f"YaRN.beta_fast={self.beta_fast} must exceed beta_slow={self.beta_slow} > 0")
 
@@ -92,7 +98,7 @@ class Llama3Scaling:
     original_length / high_frequency_factor keep their frequency, above original_length / low_frequency_factor it is
     divided by `factor`, and the reciprocal wavelength blends the two between.
 
-    Knobs: factor >= 1; original_length in tokens; high_frequency_factor > low_frequency_factor > 0.
+    Knobs: factor >= 1; original_length >= 1 in tokens; high_frequency_factor > low_frequency_factor > 0.
     """
 
     factor: float
@@ -102,6 +108,7 @@ class Llama3Scaling:
 
     def __post_init__(self):
         _check_factor("Llama3Scaling", self.factor)
+        _check_length("Llama3Scaling", self.original_length)
         low, high = self.low_frequency_factor, self.high_frequency_factor
         if not high > low > 0:
             raise ValueError(f"Llama3Scaling.high_frequency_factor={high} must exceed low_frequency_factor={low} > 0")

@@ -192,6 +192,8 @@ def test_memory_of_the_backward_pass_is_linear_in_the_length(name):
         ({"q": np.zeros((B, T, 3, N)), "k": np.zeros((B, T, 3, N))}, "G divides"),
         ({"log_decay": np.zeros((H, N))}, "log_decay"),
         ({"log_decay": np.full(H, 0.5)}, "0.5"),
+        ({"log_decay": jnp.full((B, T, H), -0.5).at[1, 2, 3].set(0.25)}, "log_decay=0.25 grows the state"),
+        ({"log_decay": jnp.full(H, jnp.nan)}, "log_decay=nan"),
         ({"beta": np.zeros((B, T))}, "beta"),
         ({"beta": np.zeros((B, T, H)), "log_decay": np.zeros((B, T, H, N))}, "channel"),
     ],

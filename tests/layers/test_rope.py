@@ -90,6 +90,8 @@ def test_equal_knobs_are_equal_values():
         (lambda: RoPE(16, layout="whole"), "RoPE.layout='whole'"),
         (lambda: LinearScaling(factor=0.5), "LinearScaling.factor=0.5"),
         (lambda: YaRN(factor=2.0, original_length=8, beta_fast=1.0, beta_slow=1.0), "YaRN.beta_fast=1.0"),
+        (lambda: YaRN(factor=2.0, original_length=0), "YaRN.original_length=0"),
+        (lambda: Llama3Scaling(factor=2.0, original_length=-8), "Llama3Scaling.original_length=-8"),
         (lambda: Llama3Scaling(factor=2.0, original_length=8, high_frequency_factor=1.0), "high_frequency_factor=1.0"),
         (lambda: RoPE(2, scaling=functools.partial(NTKScaling, factor=2.0)).frequencies(), "more than 2 rotated"),
     ],
