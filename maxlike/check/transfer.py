@@ -14,7 +14,7 @@ from maxlike import checkpoint_tree
 from maxlike.check.compare import Comparison, Record, compare
 from maxlike.check.subject import Subject
 from maxlike.check.variant import LeftOut, Row
-from maxlike.convert import export_job, families, proof, transfer
+from maxlike.convert import ahead, export_job, families, proof, transfer
 from maxlike.convert.import_job import filled
 from maxlike.convert.structure import Cannot, Structure
 from maxlike.convert.tensor_files import TensorFiles
@@ -46,7 +46,7 @@ def export(subject: Subject) -> Iterator[Row]:
 
 def _read_back(subject: Subject, directory: pathlib.Path) -> tuple[Record, Record]:
     """(what an importer makes of the files, the model)."""
-    family, factory, _ = families.read(directory)
+    family, factory, _ = families.read(directory, mtp=ahead.count(subject.structure) > 0)
     imported = AbstractModel.of(factory)
     structure = Structure(imported.merge(imported.params, imported.buffers))
     shapes = ({"network": _shapes(net)} for net in (structure, subject.structure))

@@ -11,7 +11,7 @@ from layers.mla import MLA
 from layers.norm import RMSNorm
 from layers.rope import YaRN
 from layers.routers import GroupLimit, TopK
-from maxlike.convert import decoder, mixture
+from maxlike.convert import ahead, decoder, mixture
 from maxlike.convert.config_json import ConfigJson
 from maxlike.convert.family import Family
 from maxlike.convert.forms import ByHead, Fused, Transposed
@@ -65,9 +65,19 @@ class _DeepSeek(Family):
         config.expect("moe_layer_freq", 1)
         config.expect("mlp_bias", False)
         config.ignore("head_dim", "qk_head_dim", "num_nextn_predict_layers", "num_mtp_layers")
-        norm, top_k = decoder.rms_norm(config), config.size("num_experts_per_tok")
+        dense, depth = config.take("first_k_dense_replace", 0), config.size("num_hidden_layers")
+        norm, sparse, mlp = decoder.rms_norm(config), self.sparse(config), self.dense(config)
+        return decoder.language_model(config, [sparse if i >= dense else mlp for i in range(depth)], norm)
+
+    def dense(self, config: ConfigJson) -> Callable:
+        """The block of a layer without experts."""
+        return F(Block, mixer=attention(config), ffn=decoder.gated_mlp(config), norm=decoder.rms_norm(config))
+
+    def sparse(self, config: ConfigJson) -> Callable:
+        """The block of a layer with experts."""
+        top_k = config.size("num_experts_per_tok")
         width = config.size("moe_intermediate_size")
-        sparse = mixture.moe(
+        experts = mixture.moe(
             config,
             self.router(config, top_k),
             count=config.size("n_routed_experts"),
@@ -75,13 +85,7 @@ class _DeepSeek(Family):
             shared_width=width * config.size("n_shared_experts"),
             losses=_losses(config),
         )
-        dense, depth = config.take("first_k_dense_replace", 0), config.size("num_hidden_layers")
-        mixer, mlp = attention(config), decoder.gated_mlp(config)
-
-        def block(kind: bool) -> Callable:
-            return F(Block, mixer=mixer, ffn=sparse if kind else mlp, norm=norm)
-
-        return decoder.language_model(config, [i >= dense for i in range(depth)], norm, block=block)
+        return F(Block, mixer=attention(config), ffn=experts, norm=decoder.rms_norm(config))
 
     def config(self, net: Structure) -> dict[str, Any]:
         sparse = mixture.sparse(net)
@@ -130,10 +134,15 @@ class DeepseekV2(_DeepSeek):
         return keys | {"topk_method": "greedy" if keys["n_group"] == 1 else "group_limited_greedy"}
 
 
+SELECTION = Rule(f"{decoder.LAYER}mlp.gate.e_score_correction_bias", f"{decoder.OURS}ffn/router/bias", BIAS)
+FURTHER = "model.layers.{ahead}."
+
+
 class DeepseekV3(_DeepSeek):
     """DeepSeek-V3 (arXiv 2412.19437): sigmoid scores, a selection bias that balances, groups by their two best.
 
-    The module that predicts a second token, a layer behind the last, is left behind.
+    The modules that predict further ahead are the layers behind the last, with experts; they hold embedding and head a
+    second time. A network without them (LanguageModel.mtp) leaves them behind.
     """
 
     architectures = ("DeepseekV3ForCausalLM",)
@@ -141,11 +150,32 @@ class DeepseekV3(_DeepSeek):
     defaults: ClassVar = {"first_k_dense_replace": 3, "n_group": 8, "q_lora_rank": 1536, "topk_group": 4}
     tensors = (
         *_DeepSeek.tensors,
-        Rule(f"{decoder.LAYER}mlp.gate.e_score_correction_bias", f"{decoder.OURS}ffn/router/bias", BIAS),
+        SELECTION,
+        *ahead.rules(
+            (*_DeepSeek.tensors, SELECTION),
+            FURTHER,
+            {
+                "join": f"{FURTHER}eh_proj.weight",
+                "embed": f"{FURTHER}enorm.weight",
+                "hidden": f"{FURTHER}hnorm.weight",
+                "final": f"{FURTHER}shared_head.norm.weight",
+            },
+        ),
     )
 
+    def copies(self, net: Structure) -> dict[str, str]:
+        head = "lm_head.weight" if net.has("head/linear/kernel") else "model.embed_tokens.weight"
+        found = {}
+        for i in range(net.depth(), net.depth() + ahead.count(net)):
+            found[f"model.layers.{i}.embed_tokens.weight"] = "model.embed_tokens.weight"
+            found[f"model.layers.{i}.shared_head.head.weight"] = head
+        return found
+
     def unused(self, net: Structure) -> tuple[str, ...]:
-        return (*self.ignored, rf"model\.layers\.{net.depth()}\..*")
+        return self.ignored if ahead.count(net) else (*self.ignored, rf"model\.layers\.{net.depth()}\..*")
+
+    def ahead(self, config: ConfigJson) -> Callable:
+        return ahead.modules(self.sparse(config), decoder.rms_norm(config), config.size(ahead.DEPTH, 1))
 
     def router(self, config: ConfigJson, top_k: int) -> Callable:
         config.expect("scoring_func", "sigmoid")

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from maxlike import checkpoint_tree, merging
-from maxlike.convert import families, proof, transfer
+from maxlike.convert import ahead, families, proof, transfer
 from maxlike.convert.config_json import IRRELEVANT, read_json
 from maxlike.convert.family import Family
 from maxlike.convert.import_job import KEPT, filled
@@ -82,11 +82,13 @@ def export(
 def describe(net: Structure, wanted: str | None = None) -> tuple[Family, dict[str, Any]]:
     """(family, config.json) that say exactly what a network computes. Raises Cannot, with the differences, where there
     is none."""
-    reasons = []
+    reasons, modules = [], ahead.count(net)
     for family in families.FAMILIES if wanted is None else (families.named(wanted),):
         try:
             config = {"architectures": [family.architectures[0]], "model_type": family.model_type} | family.config(net)
-            table = difference(of(families.network(config, "the export")[1]), net, ("as exported", "the model"))
+            config |= {ahead.DEPTH: modules} if modules else {}
+            exported = families.network(config, "the export", mtp=modules > 0)[1]
+            table = difference(of(exported), net, ("as exported", "the model"))
             if table is None:
                 expand(family.tensors, net)
                 return family, config
@@ -110,7 +112,7 @@ def prove(experiment: Experiment, flat: dict[str, jax.Array], directory: pathlib
     def logits(leaves: dict[str, jax.Array]) -> np.ndarray:
         return proof.logits(model.graph, filled(model.params, leaves), filled(model.buffers, leaves), tokens_BT)
 
-    family, factory, _ = families.read(directory)
+    family, factory, _ = families.read(directory, mtp=ahead.count(net) > 0)
     table = difference(of(factory), net, ("as written", "the model"))
     exact = logits(flat)
     abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in flat.items()}

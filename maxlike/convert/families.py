@@ -56,22 +56,25 @@ def of(values: dict[str, Any], where: str) -> Family:
     )
 
 
-def network(values: dict[str, Any], where: str) -> tuple[Family, Callable[..., Any]]:
-    """(family, factory of the network) of a parsed config.json; refuses what is left over."""
+def network(values: dict[str, Any], where: str, *, mtp: bool = False) -> tuple[Family, Callable[..., Any]]:
+    """(family, factory of the network) of a parsed config.json; refuses what is left over.
+    mtp: with the modules that predict further ahead, which decoding has no use for."""
     family = of(values, where)
     config = ConfigJson(family.defaults | values, where)
     factory = family.network(config)
+    if mtp:
+        factory = functools.partial(factory, mtp=family.ahead(config))
     config.finish()
     return family, _sentences(factory, where)
 
 
-def read(directory: pathlib.Path) -> tuple[Family, Callable[..., Any], dict[str, Any]]:
-    """(family, factory of the network, config.json) of a directory."""
+def read(directory: pathlib.Path, *, mtp: bool = False) -> tuple[Family, Callable[..., Any], dict[str, Any]]:
+    """(family, factory of the network, config.json) of a directory; mtp: as for `network`."""
     if not directory.is_dir():
         raise UserError(f"there is no directory {directory}: name one that holds config.json and *.safetensors")
     path = directory / "config.json"
     values = read_json(path)
-    return *network(values, str(path)), values
+    return *network(values, str(path), mtp=mtp), values
 
 
 def _sentences(factory: Callable[..., Any], where: str) -> Callable[..., Any]:

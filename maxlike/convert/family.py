@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from maxlike.convert.config_json import ConfigJson
-from maxlike.convert.structure import Structure
+from maxlike.convert.structure import Cannot, Structure
 from maxlike.convert.tensors import Rule
 
 
@@ -30,6 +30,11 @@ class Family:
     defaults: ClassVar[dict[str, Any]] = {}
     length_key: ClassVar[str | None] = "max_position_embeddings"
 
+    def copies(self, net: Structure) -> dict[str, str]:
+        """{name: other name} of further tensors that this network's files hold twice, by which other readers go: an
+        import needs only the other and refuses a difference, an export writes both."""
+        return {}
+
     def unused(self, net: Structure) -> tuple[str, ...]:
         """Patterns of tensors that files may hold and that are no parameters of this network."""
         return self.ignored
@@ -38,6 +43,14 @@ class Family:
         """The factory of the network, called with rngs=. Takes every key that matters; refuses by name what our layers
         cannot express. Inner factories are functools.partial of classes of `layers`."""
         raise ValueError(f"{type(self).__name__} does not say how a network follows from config.json")
+
+    def ahead(self, config: ConfigJson) -> Callable[..., Any]:
+        """The factory of the modules that predict further ahead (LanguageModel.mtp). Raises Cannot where the family has
+        none."""
+        raise Cannot(
+            f"{self.architectures[0]} has no modules that predict further ahead, so LanguageModel.mtp cannot come from "
+            "or go to its files: set it to None"
+        )
 
     def config(self, net: Structure) -> dict[str, Any]:
         """The keys of config.json that describe a network. It need not check that they describe all of it: the exporter

@@ -11,7 +11,7 @@ from flax import nnx
 
 from layers.axes import Buffer
 from maxlike import checkpoint_tree, passport
-from maxlike.convert import families, transfer
+from maxlike.convert import ahead, families, transfer
 from maxlike.convert.pretrained import COMPANIONS, Pretrained, directory
 from maxlike.convert.structure import Structure, difference, of
 from maxlike.convert.tensor_files import TensorFiles, without
@@ -37,8 +37,8 @@ def import_weights(experiment: Experiment, run_dir: pathlib.Path, *, source: str
     if source is None:
         raise UserError("which checkpoint? give --source DIR with config.json and *.safetensors")
     where, began = directory(source), time.monotonic()
-    family, factory, _ = families.read(where)
     net = Structure(experiment.bare())
+    family, factory, _ = families.read(where, mtp=ahead.count(net) > 0)
     table = difference(of(factory), net, ("config.json", "experiment"))
     if table:
         raise UserError(

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from layers.balance import BudgetBias
+from layers.block import Block
 from layers.norm import RMSNorm
 from layers.routers import TopK
 from layers.shortcut_block import ShortcutBlock
 from layers.zero_experts import ZeroExperts
-from maxlike.convert import decoder, deepseek, mixture
+from maxlike.convert import ahead, decoder, deepseek, mixture
 from maxlike.convert.config_json import ConfigJson
 from maxlike.convert.family import Family
 from maxlike.convert.structure import Cannot, Structure
@@ -17,20 +18,25 @@ from maxlike.convert.tensors import BIAS, Rule
 
 F = functools.partial
 HALVES = ("", "second_")
+FURTHER = "model.mtp.layers.{i}."
+DENSE = tuple(
+    Rule(f"{decoder.LAYER}transformer_layer.mlp.{part}_proj.weight", f"{decoder.OURS}ffn/{part}/kernel")
+    for part in ("gate", "up", "down")
+)
 
 
 class LongcatFlash(Family):
     """Two latent attentions and two dense feed-forwards a layer with a mixture of experts beside them, of which some
     compute nothing (arXiv 2509.01322).
 
-    The modules that predict further ahead (model.mtp.) are left behind. What config.json does not say, how many experts
-    with weights a token is meant to visit, is taken to be their share of all.
+    The module that predicts a second token (model.mtp.) is a dense layer with one attention, and holds the embedding a
+    second time; a network without it (LanguageModel.mtp) leaves it behind. What config.json does not say, how many
+    experts with weights a token is meant to visit, is taken to be their share of all.
     """
 
     architectures = ("LongcatFlashForCausalLM",)
     model_type = "longcat_flash"
     defaults: ClassVar = {"rope_theta": 1e7, "zero_expert_num": 256}
-    ignored = (*Family.ignored, r"model\.mtp\..*")
     tensors = (
         *decoder.EMBEDDINGS,
         *(
@@ -49,14 +55,34 @@ class LongcatFlash(Family):
         mixture.router("mlp.router.classifier", "moe"),
         Rule(f"{decoder.LAYER}mlp.router.e_score_correction_bias", f"{decoder.OURS}moe/router/bias", BIAS),
         *mixture.experts("mlp", "moe"),
+        *ahead.rules(
+            (*deepseek.latent_attention(), *decoder.PRE_NORMS, *DENSE),
+            FURTHER,
+            {
+                "join": f"{FURTHER}eh_proj.weight",
+                "embed": f"{FURTHER}enorm.m.weight",
+                "hidden": f"{FURTHER}hnorm.m.weight",
+                "final": "model.mtp.norm.weight",
+            },
+        ),
     )
+
+    def copies(self, net: Structure) -> dict[str, str]:
+        return {"model.mtp.embed_tokens.weight": "model.embed_tokens.weight"} if ahead.count(net) else {}
 
     def unused(self, net: Structure) -> tuple[str, ...]:
         """And the rows that `transformers` allocates for experts that compute nothing."""
         first, _, _ = net.shape("stack/0/moe/experts/gate")
         zero = range(first, net.shape("stack/0/moe/router/kernel")[1])
         numbers = "|".join(map(str, zero))
-        return (*self.ignored, rf"model\.layers\.\d+\.mlp\.experts\.({numbers})\..*") if zero else self.ignored
+        ignored = self.ignored if ahead.count(net) else (*self.ignored, r"model\.mtp\..*")
+        return (*ignored, rf"model\.layers\.\d+\.mlp\.experts\.({numbers})\..*") if zero else ignored
+
+    def ahead(self, config: ConfigJson) -> Callable:
+        config.expect(ahead.DEPTH, 1)
+        mixer, norm = deepseek.attention(config, scale_correction=True), _norm(config)
+        ffn = decoder.gated_mlp(config, width="ffn_hidden_size")
+        return ahead.modules(F(Block, mixer=mixer, ffn=ffn, norm=norm), norm)
 
     def network(self, config: ConfigJson) -> Callable:
         config.expect("attention_method", "MLA")
@@ -82,7 +108,7 @@ class LongcatFlash(Family):
             zero_experts=F(ZeroExperts, identity=zero) if zero else None,
         )
         config.size("q_lora_rank")
-        norm = F(RMSNorm, eps=config.take("rms_norm_eps", 1e-5))
+        norm = _norm(config)
         block = F(
             ShortcutBlock,
             mixer=deepseek.attention(config, scale_correction=True),
@@ -114,3 +140,7 @@ class LongcatFlash(Family):
             "mla_scale_kv_lora": True,
             "router_bias": False,
         }
+
+
+def _norm(config: ConfigJson) -> Callable:
+    return F(RMSNorm, eps=config.take("rms_norm_eps", 1e-5))

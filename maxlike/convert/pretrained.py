@@ -34,6 +34,8 @@ class Pretrained:
 
     source: DIR, with config.json as Hugging Face's `save_pretrained` writes it (`package:...` for a shipped one).
     remat, scan: as for `layers.stack.Stack`.
+    mtp: with the modules that predict further ahead, for an objective that trains them (DeepSeek-V3, LongCat-Flash,
+        Qwen3-Next).
     Refuses architectures and options that our layers cannot express, by name.
     """
 
@@ -43,11 +45,12 @@ class Pretrained:
         source: str,
         remat: Literal["none", "full", "branches", "matmul_half", "dots", "dots_no_batch", "offload"] = "none",
         scan: bool | None = None,
+        mtp: bool = False,
     ):
-        self.source, self.remat, self.scan = source, remat, scan
+        self.source, self.remat, self.scan, self.mtp = source, remat, scan, mtp
 
     def __call__(self, *, rngs: nnx.Rngs) -> Any:
-        network = families.read(directory(self.source))[1](rngs=rngs)
+        network = families.read(directory(self.source), mtp=self.mtp)[1](rngs=rngs)
         for part in vars(network).values():
             if isinstance(part, Stack):
                 part.remat, part.scan = self.remat, self.scan

@@ -9,6 +9,8 @@ from flax import nnx
 
 from layers.context import Context, Source
 from layers.encoder_decoder import EncoderDecoder
+from layers.language_model import LanguageModel
+from layers.multi_token import shift
 
 LENGTH, ROWS = 32, 2
 
@@ -21,12 +23,16 @@ def probe(network: Any) -> np.ndarray:
 
 
 def logits(graph: Any, params: dict, buffers: dict, tokens_BT: np.ndarray) -> np.ndarray:
-    """Float32 logits [B, T, V] of parameters taken to float32, without the padding of the vocabulary."""
+    """Float32 logits [B, T, V] of parameters taken to float32, without the padding of the vocabulary. Behind them,
+    along B, those of each module that predicts further ahead (LanguageModel.mtp)."""
 
     def run(params: dict, buffers: dict, tokens_BT: jax.Array) -> jax.Array:
         model = nnx.merge(graph, jax.tree.map(lambda p: p.astype(jnp.float32), params), buffers)
         source = Source.of(tokens_BT) if isinstance(model, EncoderDecoder) else None
-        hidden_BTD = model(tokens_BT, Context.of(tokens_BT, source=source)).hidden_BTD
-        return model.logits(hidden_BTD)[..., : model.vocab]
+        hidden = [model(tokens_BT, Context.of(tokens_BT, source=source)).hidden_BTD]
+        if isinstance(model, LanguageModel) and model.mtp is not None:
+            ctx = model.context(tokens_BT, Context.of(tokens_BT))
+            hidden += [made for made, _ in model.mtp(hidden[0], shift(tokens_BT, 1), model.embed, ctx)]
+        return jnp.concatenate([model.logits(hidden_BTD) for hidden_BTD in hidden])[..., : model.vocab]
 
     return np.asarray(jax.jit(run)(params, buffers, tokens_BT))

@@ -8,7 +8,7 @@ from layers.attention_gate import AttentionGate
 from layers.block import Block
 from layers.gated_delta_net import GatedDeltaNet
 from layers.gated_norm import GatedRMSNorm
-from maxlike.convert import decoder, mixture, qwen_moe
+from maxlike.convert import ahead, decoder, mixture, qwen_moe
 from maxlike.convert.config_json import ConfigJson
 from maxlike.convert.family import Family
 from maxlike.convert.forms import ByHead, Flat, Fused, Shifted, Taps, Transposed
@@ -74,11 +74,29 @@ def _gated_attention() -> tuple[Rule, ...]:
     )
 
 
+FULL_LAYER = (
+    Rule(f"{decoder.LAYER}input_layernorm.weight", f"{decoder.OURS}mixer_norm/gain", Shifted()),
+    Rule(f"{decoder.LAYER}post_attention_layernorm.weight", f"{decoder.OURS}ffn_norm/gain", Shifted()),
+    *_gated_attention(),
+    *decoder.GATED_MLP,
+    *qwen_moe.EXPERTS,
+    *qwen_moe.SHARED,
+)
+FURTHER = "mtp.layers.{i}."
+NAMES = {
+    "join": "mtp.fc.weight",
+    "embed": "mtp.pre_fc_norm_embedding.weight",
+    "hidden": "mtp.pre_fc_norm_hidden.weight",
+    "final": "mtp.norm.weight",
+}
+
+
 class Qwen3Next(Family):
     """Gated attention (arXiv 2505.06708) in every fourth layer, a gated delta net (arXiv 2412.06464) in the others,
     many experts of which one all tokens pass. Its norms are zero-centred, x (1 + w), but the one of the delta net.
 
-    The module that predicts a second token (mtp.) is left behind.
+    The module that predicts a second token (mtp.) is a layer with attention; a network without it (LanguageModel.mtp)
+    leaves it behind.
     """
 
     architectures = ("Qwen3NextForCausalLM",)
@@ -86,21 +104,20 @@ class Qwen3Next(Family):
     defaults: ClassVar = {
         "head_dim": 256, "num_key_value_heads": 2, "norm_topk_prob": True, "router_aux_loss_coef": 0.001,
     }  # fmt: skip
-    ignored = (*Family.ignored, r"mtp\..*")
     tensors = (
         Rule("model.embed_tokens.weight", "embed/table", TABLE),
         Rule("lm_head.weight", "head/linear/kernel"),
         Rule("model.norm.weight", "norm/gain", Shifted()),
-        Rule(f"{decoder.LAYER}input_layernorm.weight", f"{decoder.OURS}mixer_norm/gain", Shifted()),
-        Rule(f"{decoder.LAYER}post_attention_layernorm.weight", f"{decoder.OURS}ffn_norm/gain", Shifted()),
-        *_gated_attention(),
+        *FULL_LAYER,
         *_state(),
-        *decoder.GATED_MLP,
-        *qwen_moe.EXPERTS,
-        *qwen_moe.SHARED,
+        *ahead.rules(FULL_LAYER, FURTHER, NAMES, Shifted()),
     )
 
-    def network(self, config: ConfigJson) -> Callable:
+    def unused(self, net: Structure) -> tuple[str, ...]:
+        return self.ignored if ahead.count(net) else (*self.ignored, r"mtp\..*")
+
+    def block(self, config: ConfigJson) -> Callable[[qwen_moe.Kind], Callable]:
+        """From the kind of a layer to its block."""
         norm, bias = decoder.rms_norm(config), config.take("attention_bias", False)
         attention = decoder.attention(
             config, rope=decoder.rope(config, fraction=0.25), qkv_bias=bias, out_bias=bias, qk_norm=norm
@@ -119,11 +136,16 @@ class Qwen3Next(Family):
         }
         layers = qwen_moe.kinds(config, _types(config))
         ffn = qwen_moe.feed_forward(config, shared_width=config.size("shared_expert_intermediate_size"))(layers)
+        return lambda kind: F(Block, mixer=mixers[kind.mixer], ffn=ffn(kind), norm=norm)
 
-        def block(kind: qwen_moe.Kind) -> Callable:
-            return F(Block, mixer=mixers[kind.mixer], ffn=ffn(kind), norm=norm)
+    def network(self, config: ConfigJson) -> Callable:
+        config.ignore(ahead.DEPTH)
+        layers = qwen_moe.kinds(config, _types(config))
+        return decoder.language_model(config, layers, decoder.rms_norm(config), block=self.block(config))
 
-        return decoder.language_model(config, layers, norm, block=block)
+    def ahead(self, config: ConfigJson) -> Callable:
+        config.expect(ahead.DEPTH, 1)
+        return ahead.modules(self.block(config)(qwen_moe.Kind(FULL, True)), decoder.rms_norm(config))
 
     def config(self, net: Structure) -> dict[str, Any]:
         types = _layers(net)

@@ -12,9 +12,10 @@ WEIGHT, BIAS, TABLE = Transposed(), Flat(), Same()
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A tensor's name in the file, the path or paths of our parameters in it, and its form. `{i}` stands for any layer,
-    `{pair}` in the name for half its number (two of our blocks are one layer there); `{e}` in the name alone for each
-    index of the parameter's first dimension. A rule whose (first) parameter is not there does not apply.
+    """A tensor's name in the file, the path or paths of our parameters in it, and its form. `{i}` stands for any layer;
+    in the name `{pair}` for half its number (two of our blocks are one layer there), `{ahead}` for its number counted
+    on from the layers of the stack, `{e}` for each index of the parameter's first dimension. A rule whose (first)
+    parameter is not there does not apply.
 
     added: name of a [n, D] tensor whose first row is added to each row of this one, where only the sum is a parameter
         here; an export writes two rows of zeros for it.
@@ -104,6 +105,7 @@ def expand(rules: tuple[Rule, ...], net: Structure) -> dict[str, Tensor]:
             parameters = [net.parameters[path] for path in each]
             form = rule.form(net) if callable(rule.form) else rule.form
             names = layer | ({"pair": int(layer["i"]) // 2} if "i" in layer else {})
+            names |= {"ahead": net.depth() + int(layer["i"])} if "{ahead}" in rule.name else {}
             indices = [(e,) for e in range(parameters[0].shape[0])] if "{e}" in rule.name else [()]
             for index in indices:
                 name = rule.name.format(**names, **({"e": index[0]} if index else {}))

@@ -48,14 +48,16 @@ def store(family: Family, net: Structure, flat: dict[str, jax.Array], **knobs: A
     knobs: those of `tensor_files.write`: directory, dtype, shard_bytes."""
     tensors = expand(family.tensors, net)
     added = {made.added: (2, made.shape[-1]) for made in tensors.values() if made.added}
+    copies = family.copies(net)
 
     def tensor(name: str) -> np.ndarray:
         if name in added:
             return np.zeros(added[name], np.float32)
-        made = tensors[name]
+        made = tensors[copies.get(name, name)]
         return made.form.store(tuple(_slice(flat[slot.parameter.leaf], slot) for slot in made.slots))
 
     shapes = {name: made.shape for name, made in tensors.items()} | added
+    shapes |= {name: shapes[other] for name, other in copies.items()}
     exact = {name for name, made in tensors.items() if made.exact}
     return tensor_files.write(shapes=shapes, tensor=tensor, exact=exact, **knobs)
 
@@ -98,14 +100,14 @@ def _name(files: TensorFiles, family: Family, name: str) -> str:
 
 def _check(files: TensorFiles, family: Family, net: Structure, tensors: dict[str, Tensor]) -> None:
     there = {name: files.leaves[name] for name in tensor_files.without(files.leaves, family.unused(net))}
-    for twice, once in family.tied.items():
+    copies = family.copies(net)
+    for twice, once in (family.tied | copies).items():
         twice, once = _name(files, family, twice), _name(files, family, once)
         if twice in there and twice not in tensors and once in there:
             if not np.array_equal(files.read(twice), files.read(once)):
-                raise UserError(
-                    f"{files.directory}: config.json ties {twice} to {once} and their values differ: "
-                    "set tie_word_embeddings to false there"
-                )
+                why = "the architecture" if twice in copies else "config.json"
+                fix = "set LanguageModel.mtp to None" if twice in copies else "set tie_word_embeddings to false there"
+                raise UserError(f"{files.directory}: {why} ties {twice} to {once} and their values differ: {fix}")
             del there[twice]
     wanted = {
         name: Leaf(tensor.shape, there[name].dtype if name in there else "float") for name, tensor in tensors.items()

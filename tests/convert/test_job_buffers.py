@@ -37,9 +37,9 @@ NETWORKS = {
 }  # fmt: skip
 
 
-def write(directory, values, extra=()):
-    """A checkpoint with random tensors of that config.json, and those of `extra`."""
-    family, factory = families.network(values, "config.json")
+def write(directory, values, extra=(), *, mtp=False):
+    """A checkpoint with random tensors of that config.json, and those of `extra`; mtp: with modules that look ahead."""
+    family, factory = families.network(values, "config.json", mtp=mtp)
     rng = np.random.default_rng(0)
     shapes = {name: tensor.shape for name, tensor in expand(family.tensors, structure.of(factory)).items()}
     weights = {name: rng.standard_normal(shape, np.float32) * 0.2 for name, shape in shapes.items()}
@@ -47,8 +47,8 @@ def write(directory, values, extra=()):
     return weights
 
 
-def load(source):
-    bindings = [f"source = '{source}'", "experiment.Experiment.optimizer = @adamw.AdamW()", *BINDINGS]
+def load(source, *more):
+    bindings = [f"source = '{source}'", "experiment.Experiment.optimizer = @adamw.AdamW()", *BINDINGS, *more]
     return config.load("quickstart", overlays=["pretrained"], bindings=bindings)
 
 
@@ -79,3 +79,24 @@ def test_import_and_export(name, tmp_path, capsys):
     again = json.loads((tmp_path / "ours/config.json").read_text())
     given = {key: value for key, value in NETWORKS[name].items() if value is not None}
     assert {key: again[key] for key in given} == given
+
+
+@pytest.mark.large
+def test_modules_that_look_ahead_go_in_and_out(tmp_path, capsys):
+    """The export proves them by their own logits, and holds the embedding again, which serves as their head too."""
+    values = NETWORKS["deepseek_v3"] | {"num_nextn_predict_layers": 1}
+    weights = write(tmp_path / "theirs", values, mtp=True)
+    plain, experiment = (load(tmp_path / "theirs", *more) for more in ((), ("pretrained.Pretrained.mtp = True",)))
+    import_job.import_weights(plain, tmp_path / "plain")
+    assert "left behind: model.layers.2.eh_proj.weight" in capsys.readouterr().out
+    import_job.import_weights(experiment, tmp_path / "run")
+    assert "left behind" not in capsys.readouterr().out
+    export_job.export(experiment, tmp_path / "run", destination=str(tmp_path / "ours"))
+    assert "exactly the model's" in capsys.readouterr().out
+    written = safetensors.numpy.load_file(tmp_path / "ours/model.safetensors")
+    twice = {"model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"}
+    assert written.keys() == weights.keys() | twice
+    for path, value in written.items():
+        expected = weights["model.embed_tokens.weight" if path in twice else path]
+        np.testing.assert_allclose(value, expected, atol=3e-7, rtol=0)
+    assert json.loads((tmp_path / "ours/config.json").read_text())["num_nextn_predict_layers"] == 1

@@ -66,9 +66,9 @@ def logits_of(model, tokens) -> np.ndarray:
         return model(torch.as_tensor(tokens, dtype=torch.int64)).logits.numpy()
 
 
-def imported(directory: pathlib.Path):
+def imported(directory: pathlib.Path, mtp: bool = False):
     """(family, graph, parameters and buffers, structure) through the loader that the job uses."""
-    family, factory, _ = families.read(directory)
+    family, factory, _ = families.read(directory, mtp=mtp)
     graph, state = jax.eval_shape(lambda: nnx.split(factory(rngs=nnx.Rngs(params=0))))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = nnx.to_pure_dict(state)
