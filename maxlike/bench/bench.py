@@ -8,6 +8,7 @@ from maxlike.bench import (
     collectives,
     data,
     decode,
+    kernels,
     loop,
     lower,
     moe,
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Callable[[Experiment, int, int], record.Result]] = {
     "decode": decode.measure,
     "moe": moe.measure,
     "recurrence": recurrence.measure,
+    "kernels": kernels.measure,
     "precision": precision.measure,
     "precision_loss": precision.measure_loss,
     "collectives": collectives.measure,
@@ -54,6 +56,7 @@ def bench(
         "decode",
         "moe",
         "recurrence",
+        "kernels",
         "precision",
         "precision_loss",
         "collectives",
@@ -69,9 +72,10 @@ def bench(
     (command to first step), data (building layers, reading batches), train (tokens/s and MFU of the experiment), whole
     (the experiment from command to report), decode (a decoding step against the reads of its weights), moe (a mixture
     of experts against a dense model of the same active FLOPs), recurrence (linear mixers against softmax attention, by
-    length), precision (eight-bit products against bfloat16: tokens/s), precision_loss (the same: what the experiment
-    learns; each of the repeats is another seed), collectives (what a compiled step sends on eight devices against the
-    planner's formula, by layout), lower (seconds to lower and compile 64 layers), or all of them.
+    length), kernels (the implementations of every operation that picks one, against each other, by length), precision
+    (eight-bit products against bfloat16: tokens/s), precision_loss (the same: what the experiment learns; each of the
+    repeats is another seed), collectives (what a compiled step sends on eight devices against the planner's formula, by
+    layout), lower (seconds to lower and compile 64 layers), or all of them.
     repeats: processes or passes of each. steps: timed steps in each. out: folder of the records.
     """
     if repeats < 1 or steps < 3:
