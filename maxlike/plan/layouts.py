@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from layers.moe import MoE
 from layers.pipeline import bubble
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
@@ -31,7 +32,7 @@ def abstract_layout(experiment: Experiment, devices: int) -> Layout:
     """The experiment's mesh over so many devices that need not exist. Raises UserError as `Mesh.open` does."""
     sizes = experiment.mesh.sizes(devices)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    return Layout(mesh, experiment.mesh.rules)
+    return Layout(mesh, experiment.mesh.rules, experiment.mesh.balance, experiment.mesh.keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +68,13 @@ class Shares:
         # Where positions of the residual stream lie on the tensor axes too, its arrays are cut like all others.
         residual = layout.mesh_axes("residual_length") if "residual_length" in layout.rules else ()
         self.sequence_parallel = bool(set(residual) & set(self.tensor_axes))
-        self.weights = tuple(self._weights(experiment))
+        self.weights, network = tuple(self._weights(experiment)), experiment.bare()
+        # mixtures: (name, module) of each mixture of experts whose tokens choose.
+        parts = jax.tree_util.tree_flatten_with_path(network, is_leaf=lambda part: isinstance(part, MoE))[0]
+        self.mixtures = tuple(("/".join(path_names(path)), part) for path, part in parts if isinstance(part, MoE))
         # ticks, repeats: micro-batches that a pipeline passes on, and how often each comes to a stage. bubble: what it
         # waits of a step.
-        pipeline, schedule = experiment.bare().stack.pipeline, experiment.step.gradients
+        pipeline, schedule = network.stack.pipeline, experiment.step.gradients
         self.one_f_one_b = isinstance(schedule, OneFOneB)
         if self.stage == 1:
             self.ticks, self.repeats = 1, 1

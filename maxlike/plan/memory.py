@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from maxlike.experiment import Experiment
 from maxlike.objectives.cross_entropy import CHUNK_BYTES, FEWEST_CHUNKS
 from maxlike.optimizers.moments import Moments
+from maxlike.plan.dispatched import Mixture, mixtures
 from maxlike.plan.layouts import Shares
 from maxlike.plan.trace import Kept, Trace
 from maxlike.program import Program
@@ -86,13 +87,15 @@ class State:
         return cls(local_bytes(state["params"]), optimizer, local_bytes(others) + allowed)
 
 
-def predict(experiment: Experiment, state: State, shares: Shares, trace: Trace, platform: str) -> Memory:
+def predict(experiment: Experiment, state: State, shares: Shares, trace: Trace, platform: str, remat: str) -> Memory:
     """The memory of one device."""
     rows = rows_a_device(experiment, shares)
     dtype = jnp.dtype(experiment.step.compute_dtype)
     local = state.parameters
     shape = (experiment.batch_size, experiment.sequence_length)
     kept = sum(rows * k.a_row / shares.context / _parts(shares, k, trace) for k in trace.kept)
+    spread = tuple(mixtures(experiment, shares, trace, rows))
+    kept += sum(m.weight.layers * (m.places - m.choices) * m.kept(remat, shares) for m in spread) * dtype.itemsize
     if shares.one_f_one_b and shares.stage > 1:
         kept *= min(1.0, (2 * shares.stage - 1) / shares.ticks)
     waiting = jnp.dtype(experiment.step.accumulate_dtype).itemsize if experiment.step.micro_batches > 1 else 0
@@ -105,7 +108,9 @@ def predict(experiment: Experiment, state: State, shares: Shares, trace: Trace, 
         copy=0 if dtype == jnp.float32 else local * dtype.itemsize / 4,
         kept=kept,
         working=max(
-            _block(shares, trace, rows, dtype.itemsize) + _gathered(experiment, shares, trace, rows, dtype.itemsize),
+            _block(shares, trace, rows, dtype.itemsize)
+            + _dispatch(shares, trace, spread, dtype.itemsize)
+            + _gathered(experiment, shares, trace, rows, dtype.itemsize),
             _loss(experiment, shares, trace, rows, dtype.itemsize, platform),
         ),
     )
@@ -139,6 +144,15 @@ def _block(shares: Shares, trace: Trace, rows: float, itemsize: int) -> float:
     weights = sum(w.size / w.layers / shares.parts(w.cut) for w in shares.weights if w.layers > 1 and w.stored)
     blocks = max(trace.blocks, 1)
     return (arrays / blocks + ALIVE * rows * tile) / shares.context + weights * itemsize / blocks
+
+
+def _dispatch(shares: Shares, trace: Trace, spread: tuple[Mixture, ...], itemsize: int) -> float:
+    """Of one block: the rows of a mixture's arrays that it would not have with all experts on one device, empty places
+    among them, and the two arrays of an exchange, of rows and of their gradients."""
+    mine = [m for m in spread if m.weight.layers > 1]
+    more = sum((m.places - m.choices) * m.kept("none", shares) for m in mine)
+    exchanged = sum(4 * m.exchanged * trace.dim for m in mine)
+    return (more + exchanged) * itemsize * shares.stage / shares.ticks / max(trace.blocks, 1)
 
 
 def _gathered(experiment: Experiment, shares: Shares, trace: Trace, rows: float, itemsize: int) -> float:

@@ -84,8 +84,8 @@ def analytic(experiment: Experiment, target: Target, traced: Trace, at: "Placed 
     Raises UserError for a mesh that does not fit the experiment."""
     at = Placed.of(experiment, target.count) if at is None else at
     _check(experiment, at.shares)
-    predicted = memory.predict(experiment, at.state, at.shares, traced, target.platform)
     remat = stacks(experiment.bare())[0].remat
+    predicted = memory.predict(experiment, at.state, at.shares, traced, target.platform, remat)
     found = tuple(traffic.predict(experiment, at.shares, traced, target.platform, remat))
     return _timed(Plan(experiment, target, at.shares, traced, predicted, found, None), found)
 

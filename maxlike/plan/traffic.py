@@ -4,12 +4,13 @@ Bytes are what a device sends in one execution, by the convention of `maxlike.co
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 
 from maxlike.collectives import Collective
 from maxlike.experiment import Experiment
+from maxlike.plan.dispatched import Mixture, mixtures
 from maxlike.plan.layouts import Shares, Weight
 from maxlike.plan.memory import rows_a_device
 from maxlike.plan.trace import Trace
@@ -26,13 +27,13 @@ def predict(experiment: Experiment, shares: Shares, trace: Trace, platform: str,
     rows = rows_a_device(experiment, shares)
     stream = rows * experiment.sequence_length / shares.context * trace.dim * size
     job = _Job(shares, platform, step.micro_batches, size, stream, trace)
-    found = list(job.weights())
+    found = list(job.weights(remat))
     if shares.tensor > 1:
         found += job.branches(remat)
     if shares.context > 1:
         found += job.ring(remat)
     if shares.parts(shares.expert_axes) > 1:
-        found += job.exchange(remat)
+        found += job.exchange(mixtures(experiment, shares, trace, rows), remat)
     if shares.stage > 1:
         found += job.stages()
     return [c for c in found if c.bytes * c.times > 0]
@@ -58,7 +59,7 @@ class _Job:
         """Of an array whose result is cut over `axes`. A CPU sums all of it everywhere, and cuts then."""
         return self._make("all-reduce" if self.on_cpu else "reduce-scatter", axes, array, times, name)
 
-    def weights(self) -> Iterator[Collective]:
+    def weights(self, remat: str) -> Iterator[Collective]:
         """Gathers of stored weights, sums of gradients."""
         for weight in self.shares.weights:
             if weight.name.startswith("embed/") and weight.layers == 1 and "embed_out" not in weight.axes:
@@ -68,22 +69,27 @@ class _Job:
             elif weight.name.startswith("head/"):
                 yield from self._head(weight)
             else:
-                yield from self._ordinary(weight)
+                yield from self._ordinary(weight, remat)
 
     def _is_head(self, weight: Weight) -> bool:
         """Whether the token table is the head too."""
         return weight.axes[0] == "vocab" and not any(w.axes == ("embed", "vocab") for w in self.shares.weights)
 
-    def _ordinary(self, weight: Weight) -> Iterator[Collective]:
+    def _ordinary(self, weight: Weight, remat: str) -> Iterator[Collective]:
         shares, layers = self.shares, max(weight.layers / self.shares.stage, 1) * self.turns
         within = [axis for axis in weight.cut if axis not in shares.stage_axes]
         whole = weight.size / weight.layers / shares.parts(within) * self.size
         rest = tuple(a for a in shares.batch_axes + shares.length_axes if a not in (*weight.stored, *weight.cut))
+        # Experts come together inside a shard_map: a gathered weight is kept there, a gradient cut where it is summed.
+        of_experts = {"experts", "mlp"} <= set(weight.axes)
         if shares.parts(weight.stored) > 1:
-            # Forward and backward; recomputing shares the second one.
-            yield self._make("all-gather", weight.stored, whole, 2 * layers * self.micro, weight.name)
-        if shares.parts(weight.stored) > 1:
-            yield self._sum(weight.stored, whole, layers * self.micro, weight.name)
+            # Forward and backward, where recomputing shares the second one; once where the first one is kept.
+            once = remat == "none" and (of_experts or weight.layers == 1)
+            yield self._make("all-gather", weight.stored, whole, (1 if once else 2) * layers * self.micro, weight.name)
+            if of_experts:
+                yield self._make("reduce-scatter", weight.stored, whole, layers * self.micro, weight.name)
+            else:
+                yield self._sum(weight.stored, whole, layers * self.micro, weight.name)
         if shares.parts(rest) > 1:
             part = whole / shares.parts(weight.stored)
             yield self._make("all-reduce", rest, part, layers * self.micro, weight.name)
@@ -137,7 +143,8 @@ class _Job:
         return sum(w.layers for w in self.shares.weights if w.layers > 1 and chosen(w))
 
     def ring(self, remat: str) -> Iterator[Collective]:
-        """Context parallel: keys and values go once round the ring forward, and with their gradients backward."""
+        """Context parallel: keys and values go once round the ring forward, and backward again with their gradients,
+        which are float32 until they go home. Gathered: all to every device, gradients summed on the way back."""
         shares, axes = self.shares, self.shares.length_axes
         again = 1 if remat == "full" else 0
         kv = sum(
@@ -145,18 +152,29 @@ class _Job:
             for w in shares.weights
             if w.layers > 1 and w.axes[1:3] == ("embed", "kv_heads")
         )
-        a_layer = self.stream / self.trace.dim * kv  # keys and values of all layers
-        hops = (2 + again) * (shares.context - 1) + shares.context  # the gradients go all the way home
-        yield self._make("collective-permute", axes, a_layer * hops, self.micro, "ring")
+        part = self.stream / self.trace.dim * kv  # keys and values of all layers, of a device's own positions
+        if shares.layout.keys == "gather":
+            whole = part * shares.context
+            yield self._make("all-gather", axes, whole, self.micro * (1 + again), "keys")
+            yield self._make("reduce-scatter", axes, whole, self.micro, "keys")
+        else:
+            hops = (2 + again + 4 / self.size) * (shares.context - 1) + 1
+            yield self._make("collective-permute", axes, part * hops, self.micro, "ring")
 
-    def exchange(self, remat: str) -> Iterator[Collective]:
-        """Expert parallel: each token to its experts and back, forward and backward."""
-        shares, axes = self.shares, self.shares.expert_axes
-        again = 2 if remat == "full" else 0
-        for weight, visited in experts(shares, self.trace):
-            array = self.stream * visited
-            times = weight.layers * self.micro * (4 + again)
-            yield self._make("all-to-all", axes, array, times, weight.name)
+    def exchange(self, spread: Iterable[Mixture], remat: str) -> Iterator[Collective]:
+        """Expert parallel: rows to their experts and back, forward and backward, and the first two once more where the
+        backward pass computes them anew. Empty places travel too."""
+        axes = self.shares.expert_axes
+        again, row = 0 if remat == "none" else 1, self.trace.dim * self.size
+        for mixture in spread:
+            name, times = mixture.weight.name, mixture.weight.layers * self.micro
+            if mixture.kind == "all_to_all":
+                yield self._make("all-to-all", axes, mixture.places * row, times * (4 + 2 * again), name)
+            elif mixture.kind == "gather":
+                yield self._make("all-gather", axes, mixture.gathered * row, times * (2 + again), name)
+                yield self._make("reduce-scatter", axes, mixture.gathered * row, times * 2, name)
+            else:
+                yield self._make("all-reduce", axes, self.stream, times * 2, name)
 
     def stages(self) -> Iterator[Collective]:
         """Pipeline: each tick the stream of a micro-batch to the next stage, its gradient back."""
@@ -164,13 +182,3 @@ class _Job:
         if self.shares.sequence_parallel:
             part /= self.shares.tensor
         yield self._make("collective-permute", self.shares.stage_axes, part, 2 * self.micro * self.turns, "stages")
-
-
-def experts(shares: Shares, trace: Trace) -> Iterator[tuple[Weight, float]]:
-    """(one weight of each mixture of experts, experts that a token visits in it on average)."""
-    of_experts = [w for w in shares.weights if "experts" in w.axes and "mlp" in w.axes]
-    total = sum(w.size for w in of_experts)
-    idle = sum(w.size for w in shares.weights) - trace.active
-    for weight in of_experts:
-        if weight.axes[-1] == "embed":
-            yield weight, (1 - idle / total) * weight.shape[weight.axes.index("experts")]
