@@ -121,12 +121,23 @@ def param(
 Rule = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+class ByProgress:
+    """Marks a rule of a buffer that changes over a run: its third argument is how far that is, the share of its steps
+    that are done, float32 in [0, 1]."""
+
+
+def moved(rule: Rule, value: jax.Array, statistic: jax.Array, progress: jax.Array) -> jax.Array:
+    """The value of a buffer after a step."""
+    return rule(value, statistic, progress) if isinstance(rule, ByProgress) else rule(value, statistic)
+
+
 def buffer(value: jax.Array, axes: tuple[str, ...], rule: Rule = keep) -> Buffer:
     """A float32 Buffer that carries its logical axes and its rule.
 
     After every accepted step its value becomes `rule(value, statistic)`; the statistic is what the module gave to
     `measure`, averaged over the micro-batches. A rule is a pure function or a frozen dataclass (it is part of the
     module's static structure) and works on the last dimensions, for Stack puts a "layers" dimension in front of both.
+    One that is `ByProgress` is called `rule(value, statistic, progress)`.
     """
     if len(axes) != value.ndim:
         raise ValueError(f"a buffer of shape {value.shape} needs {value.ndim} logical axes, got {axes}")

@@ -9,15 +9,17 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from layers.axes import ByProgress
 from layers.routers import Routing
 
 
 @dataclasses.dataclass(frozen=True)
-class SignBias:
+class SignBias(ByProgress):
     """b_e += rate * sign(mean load - load of e) (Wang et al. 2024, arXiv 2408.15664, algorithm 1; DeepSeek-V3).
 
     Loads are those of the global batch. rate > 0, the update speed; recenter: keep the mean of the updates at zero,
-    which changes no choice and stops a common drift.
+    which changes no choice and stops a common drift; until in (0, 1]: the share of a run after which b stays as it is
+    (DeepSeek-V3, arXiv 2412.19437, section 4.2: for its last 500 B of 14.8 T tokens, 0.966).
     """
 
     experts: int
@@ -26,14 +28,19 @@ class SignBias:
     _: dataclasses.KW_ONLY
     rate: float = 1e-3
     recenter: bool = True
+    until: float = 1.0
+    memory: ClassVar[int] = 0
 
     def __post_init__(self):
         if self.rate <= 0:
             raise ValueError(f"SignBias.rate={self.rate} must be positive; TopK.bias=None switches the bias off")
+        if not 0 < self.until <= 1:
+            raise ValueError(f"SignBias.until={self.until} must lie in (0, 1], a share of the run; 1.0 never stops")
 
-    def __call__(self, bias_E: jax.Array, counts_E: jax.Array) -> jax.Array:
+    def __call__(self, bias_E: jax.Array, counts_E: jax.Array, progress: jax.Array | float) -> jax.Array:
         step_E = self.rate * jnp.sign(jnp.mean(counts_E, -1, keepdims=True) - counts_E)
-        return bias_E + (step_E - jnp.mean(step_E, -1, keepdims=True) if self.recenter else step_E)
+        step_E = step_E - jnp.mean(step_E, -1, keepdims=True) if self.recenter else step_E
+        return bias_E + (step_E if self.until == 1 else jnp.where(progress < self.until, step_E, 0.0))
 
     @property
     def expected(self) -> float:
@@ -42,12 +49,19 @@ class SignBias:
 
 
 @dataclasses.dataclass(frozen=True)
-class BudgetBias:
-    """b_e += rate * (target / (J N) - share of e in all choices) for experts with weights; zero experts keep b = 0
-    (LongCat-Flash, arXiv 2509.01322, section 2.2.1): the mean number of experts with weights per token settles at
-    `target`.
+class BudgetBias(ByProgress):
+    """b_e += rate * error_e with error_e = target / (J N) - share of e in all choices, for experts with weights; zero
+    experts keep b = 0 (LongCat-Flash, arXiv 2509.01322, section 2.2.1): the mean number of experts with weights per
+    token settles at `target`. With all knobs a PID controller, which the report speaks of and does not print:
+
+        b_t = proportional error_t + sum of rate_s error_s + derivative (error_t - error_(t-1))
 
     target in (0, top_k]; rate > 0 on the scale of probabilities, the report's mu (0.03 to 0.3 settle; 3 oscillates).
+    final_rate in [0, rate]: what the rate falls to by a cosine over the run (0.01 from 0.1), None for a constant one.
+    proportional, derivative >= 0. every >= 1: steps whose choices are counted together for one update of b, for small
+    batches.
+    Where one of the last three is not its default, the buffer has 5 rows: b, counts of the steps since the last
+    update, number of those steps, errors of the last update and the one before.
     Refuses a target other than top_k where no expert is free of computation.
     """
 
@@ -57,18 +71,53 @@ class BudgetBias:
     _: dataclasses.KW_ONLY
     target: float
     rate: float = 0.1
+    final_rate: float | None = None
+    proportional: float = 0.0
+    derivative: float = 0.0
+    every: int = 1
 
     def __post_init__(self):
         _check_target("BudgetBias.target", self.target, self.zero_experts, self.top_k)
         if self.rate <= 0:
             raise ValueError(f"BudgetBias.rate={self.rate} must be positive; TopK.bias=None switches the bias off")
+        if self.final_rate is not None and not 0 <= self.final_rate <= self.rate:
+            raise ValueError(f"BudgetBias.final_rate={self.final_rate} must lie in [0, rate={self.rate}], or be None")
+        for name, value in (("proportional", self.proportional), ("derivative", self.derivative)):
+            if value < 0:
+                raise ValueError(f"BudgetBias.{name}={value} must not be negative; 0.0 leaves it out")
+        if self.every < 1:
+            raise ValueError(f"BudgetBias.every={self.every} must be at least 1 step")
 
-    def __call__(self, bias_E: jax.Array, counts_E: jax.Array) -> jax.Array:
+    @property
+    def memory(self) -> int:
+        """Rows of the buffer beside the bias."""
+        return 4 if self.proportional or self.derivative or self.every > 1 else 0
+
+    def __call__(self, value: jax.Array, statistic: jax.Array, progress: jax.Array | float) -> jax.Array:
+        """value, statistic: [E], or [5, E] with the counts in the statistic's first row."""
+        rate = self.rate
+        if self.final_rate is not None:
+            rate = self.final_rate + (self.rate - self.final_rate) * (1 + jnp.cos(jnp.pi * progress)) / 2
+        if not self.memory:
+            return value + rate * self._error(statistic)
+        bias_E, counts_E, steps_E, last_E, before_E = (value[..., row, :] for row in range(5))
+        counted = jnp.sum(statistic[..., 0, :], -1, keepdims=True) > 0
+        counts_E, steps_E = counts_E + statistic[..., 0, :], steps_E + 1
+        error_E = self._error(counts_E)
+        bends_E = error_E - 2 * last_E + before_E
+        move_E = rate * error_E + self.proportional * (error_E - last_E) + self.derivative * bends_E
+        updated = jnp.stack([bias_E + move_E, 0 * counts_E, 0 * steps_E, error_E, last_E], -2)
+        waiting = jnp.stack([bias_E, counts_E, steps_E, last_E, before_E], -2)
+        due = counted & (steps_E >= self.every)
+        return jnp.where(due[..., None, :], updated, jnp.where(counted[..., None, :], waiting, value))
+
+    def _error(self, counts_E: jax.Array) -> jax.Array:
+        """0 for zero experts. A layer that took no part in the loss has counted nothing, which says nothing about its
+        experts: 0 for all of them."""
         choices = jnp.sum(counts_E, -1, keepdims=True)
         error_E = self.target / (self.top_k * self.experts) - counts_E / jnp.maximum(choices, 1.0)
-        # A layer that took no part in the loss has counted nothing: that says nothing about its experts.
         moves_E = (jnp.arange(counts_E.shape[-1]) < self.experts) & (choices > 0)
-        return bias_E + jnp.where(moves_E, self.rate * error_E, 0.0)
+        return jnp.where(moves_E, error_E, 0.0)
 
     @property
     def expected(self) -> float:

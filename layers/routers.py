@@ -85,7 +85,8 @@ class TopK(nnx.Module):
         scale > 0: factor of all weights. Experts split m-fold in count and width keep the output's variance with
         scale m (LongCat-Flash, arXiv 2509.01322, section 2.3).
         limit: factory such as GroupLimit of what may be chosen, or None.
-        bias: factory of a rule such as balance.SignBias that moves a selection bias without gradients, or None.
+        bias: factory of a rule such as balance.SignBias that moves a selection bias without gradients, or None. One
+        with a memory keeps it in further rows of the bias's buffer.
         jitter: in training, the input of the router times uniform(1 - jitter, 1 + jitter) (Switch), 0 <= jitter < 1.
         std: standard deviation of the initial weight, None for 1 / sqrt(D).
     Refuses a top_k above the number of experts, and jitter without randomness in the context.
@@ -124,14 +125,19 @@ class TopK(nnx.Module):
         init = axes.normal(dim**-0.5 if std is None else std)
         self.kernel = axes.param(rngs, (dim, E), ("embed", "routed"), init, exact=True)
         rule = None if bias is None else bias(experts, zero_experts, top_k)
-        self.bias = None if rule is None else axes.buffer(jnp.zeros(E), ("routed",), rule)
+        self.memory = 0 if rule is None else rule.memory
+        shape, names = ((1 + self.memory, E), (None, "routed")) if self.memory else ((E,), ("routed",))
+        self.bias = None if rule is None else axes.buffer(jnp.zeros(shape), names, rule)
         # Experts with weights that a token is expected to visit: what FLOPs are stated by.
         self.expected = top_k * experts / E if rule is None else rule.expected
         self.flops_per_token = 2.0 * dim * E
 
     def selection_bias(self) -> jax.Array | float:
         """Float32 [E], without a gradient."""
-        return 0.0 if self.bias is None else jax.lax.stop_gradient(self.bias[...].astype(jnp.float32))
+        if self.bias is None:
+            return 0.0
+        value = jax.lax.stop_gradient(self.bias[...].astype(jnp.float32))
+        return value[0] if self.memory else value
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> Routing:
         x_BTD = x_BTD.astype(jnp.float32)
@@ -159,4 +165,7 @@ class TopK(nnx.Module):
 
     def report(self, y_BTD: jax.Array, counts_E: jax.Array) -> jax.Array:
         """y itself; tells the rule of the bias how many tokens each expert was chosen by."""
-        return y_BTD if self.bias is None else axes.measure(y_BTD, self.bias[...], counts_E)
+        if self.bias is None:
+            return y_BTD
+        statistic = jnp.pad(counts_E[None], ((0, self.memory), (0, 0))) if self.memory else counts_E
+        return axes.measure(y_BTD, self.bias[...], statistic)

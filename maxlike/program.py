@@ -109,6 +109,7 @@ class Program:
         """`(state, batch, allow) -> (state, metrics)` for batches like this one, ready to compile.
         The state is donated; no device is touched."""
         experiment = self.experiment
+        self.layout.check_rows(next(iter(batch.values())).shape[0] // experiment.step.micro_batches)
         rate = experiment.optimizer.schedule(experiment.clock)
 
         def step(state: dict, batch: dict, allow: jax.Array) -> tuple[dict, dict]:
@@ -121,6 +122,7 @@ class Program:
                     model=self.model,
                     objective=experiment.objective,
                     optimizer=self.optimizer,
+                    progress=updates / experiment.steps,
                 )
             return state, metrics | {"learning_rate": rate(updates)}
 

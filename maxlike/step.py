@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from layers.axes import moved
 from maxlike.errors import UserError
 from maxlike.guard import Guard
 from maxlike.metrics import Mean
@@ -92,8 +93,10 @@ class Step:
         model: AbstractModel,
         objective: Callable,
         optimizer: optax.GradientTransformation,
+        progress: jax.Array | float,
     ) -> tuple[dict, dict[str, jax.Array]]:
-        """(next state, metrics) of one batch. Where `allow` is false the update is dropped (a rewound bad step)."""
+        """(next state, metrics) of one batch. Where `allow` is false the update is dropped (a rewound bad step).
+        progress: share of the run that is done, for rules of buffers that change over it."""
         key = jax.random.fold_in(jax.random.key(state["seed"]), state["step"])
         state = state | {"opt": self.moments.fetch(state["opt"])}
         loss, metrics, grads, statistics = self._gradients(state, batch, key, model, objective)
@@ -107,7 +110,9 @@ class Step:
         opt = self.moments.pack(opt, jax.random.fold_in(key, _ROUNDING))
         params = optax.apply_updates(state["params"], updates)
         statistics = jax.tree.map(lambda s: s / self.micro_batches, statistics)
-        buffers = jax.tree.map(lambda rule, b, s: rule(b, s), model.buffer_rules, state["buffers"], statistics)
+        buffers = jax.tree.map(
+            lambda rule, b, s: moved(rule, b, s, progress), model.buffer_rules, state["buffers"], statistics
+        )
         changed = {"params": params, "buffers": buffers, "opt": opt}
         if self.ema_decay is not None:
             decay = self.ema_decay

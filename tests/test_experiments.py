@@ -165,6 +165,7 @@ def test_the_families_lower_for_accelerators(name, platform):
             model=program.model,
             objective=experiment.objective,
             optimizer=program.optimizer,
+            progress=0.0,
         )
 
     with kernels.compile_for("gpu" if platform == "cuda" else "tpu"):

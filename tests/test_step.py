@@ -61,7 +61,9 @@ def begin(network, step, optimizer):
 
 def start(step, optimizer):
     model, state = begin(Bigram, step, optimizer)
-    update = jax.jit(functools.partial(step.update, model=model, objective=objective, optimizer=optimizer))
+    update = jax.jit(
+        functools.partial(step.update, model=model, objective=objective, optimizer=optimizer, progress=0.0)
+    )
     return state, update
 
 
@@ -194,7 +196,9 @@ class Watched(Bigram):
 def test_buffers_follow_their_rules_with_statistics_of_the_whole_batch(parts):
     step, optimizer = Step(micro_batches=parts), optax.sgd(0.1)
     model, state = begin(Watched, step, optimizer)
-    update = jax.jit(functools.partial(step.update, model=model, objective=objective, optimizer=optimizer))
+    update = jax.jit(
+        functools.partial(step.update, model=model, objective=objective, optimizer=optimizer, progress=0.0)
+    )
     one = batch()
     new, _ = update(state, one, jnp.bool_(True))
     mean = one["inputs"].mean()
@@ -202,6 +206,28 @@ def test_buffers_follow_their_rules_with_statistics_of_the_whole_batch(parts):
     np.testing.assert_array_equal(new["buffers"]["fixed"], np.ones(3))
     dropped, _ = update(state, one, jnp.bool_(False))
     np.testing.assert_array_equal(dropped["buffers"]["seen"], np.zeros((2, 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sooner(axes.ByProgress):
+    def __call__(self, value, statistic, progress):
+        return value + progress * (statistic - value)
+
+
+class WatchedByProgress(Watched):
+    def __init__(self, *, rngs: nnx.Rngs):
+        super().__init__(rngs=rngs)
+        self.seen = axes.buffer(jnp.zeros((2, 1)), ("layers", "experts"), Sooner())
+
+
+def test_rules_that_ask_are_told_how_far_the_run_is():
+    step, optimizer = Step(), optax.sgd(0.1)
+    model, state = begin(WatchedByProgress, step, optimizer)
+    arguments = {"model": model, "objective": objective, "optimizer": optimizer, "progress": 0.25}
+    one = batch()
+    new, _ = step.update(state, one, jnp.bool_(True), **arguments)
+    mean = one["inputs"].mean()
+    np.testing.assert_allclose(new["buffers"]["seen"], 0.25 * np.asarray([[mean], [mean + 1]]), rtol=1e-6)
 
 
 class Mixed(Bigram):
@@ -219,5 +245,7 @@ class Mixed(Bigram):
 def test_exact_parameters_stay_float32_in_low_precision():
     step, optimizer = Step(compute_dtype="bfloat16"), optax.sgd(0.1)
     model, state = begin(Mixed, step, optimizer)
-    new, metrics = step.update(state, batch(), jnp.bool_(True), model=model, objective=objective, optimizer=optimizer)
+    new, metrics = step.update(
+        state, batch(), jnp.bool_(True), model=model, objective=objective, optimizer=optimizer, progress=0.0
+    )
     assert new["params"]["table"].dtype == jnp.float32 and np.isfinite(metrics["loss"])

@@ -1,6 +1,7 @@
 """The row about routers that balance their experts by a bias: an overloaded expert must become less wanted."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,11 @@ from maxlike.check.subject import Subject
 from maxlike.check.variant import LeftOut, Row
 
 OVERLOAD = 100.0  # a bias that no score outweighs: every token goes to this expert
+
+
+def _bias(value: np.ndarray, rule: Any) -> np.ndarray:
+    """A view of the bias [..., experts] alone, without the rule's memory."""
+    return value[..., 0, :] if rule.memory else value
 
 
 def balance(subject: Subject) -> Iterator[Row]:
@@ -26,13 +32,13 @@ def balance(subject: Subject) -> Iterator[Row]:
         program, lowered = subject.lower(subject.base, subject.batches[0])
         for path in biases:
             before[path] = before[path].copy()
-            before[path][..., 0] = OVERLOAD
+            _bias(before[path], rules[path])[..., 0] = OVERLOAD
         buffers = jax.tree.unflatten(jax.tree.structure(subject.start["buffers"]), list(before.values()))
         state = jax.device_put(subject.start | {"buffers": buffers}, program.shardings)
         allow = jax.device_put(np.bool_(True), subject.base.layout.replicated)
         state, _ = lowered.compile()(state, program.put(subject.batches[0]), allow)
         after = checkpoint_tree.flatten(state["buffers"])
-        moves = {path: np.asarray(after[path]) - before[path] for path in biases}
+        moves = {path: _bias(np.asarray(after[path]) - before[path], rules[path]) for path in biases}
         # How far the overloaded expert's bias rose against the mean of the others: below zero where it is balanced.
         rises = {path: move[..., 0] - np.mean(move[..., 1:], -1) for path, move in moves.items()}
         wrong = [path for path, rise in rises.items() if not np.all(rise < 0)]

@@ -286,6 +286,7 @@ RULES: dict[str, Rule] = {
     "ZeroExperts.constant": _per_expert,
     "ZeroExperts.zero": _per_expert,
     "BudgetBias.target": _per_choice,
+    "BudgetBias.every": _to(1),
     "DeviceBalance.target": _per_choice,
     "DeviceBalance.groups": _at_most(EXPERT_GROUPS),
     "ModalityMoE.groups": lambda value, sizes, binding: tuple(min(count, 4) for count in value),

@@ -4,6 +4,7 @@ catch it does, and names the tensor, and the same row is green without it."""
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def double_counted_loss_under_accumulation(patch):
 def wrong_expert_bias_sign(patch):
     """The rule favours those who have most."""
     rule = balance.SignBias.__call__
-    patch.setattr(balance.SignBias, "__call__", lambda self, bias, counts: 2 * bias - rule(self, bias, counts))
+    patch.setattr(balance.SignBias, "__call__", lambda self, bias, *rest: 2 * bias - rule(self, bias, *rest))
 
 
 def dropped_last_partial_batch_on_resume(patch):
@@ -189,7 +190,9 @@ def test_the_job_writes_a_table_and_fails_by_a_sentence(tmp_path, monkeypatch, c
     assert rows["balance"]["verdict"] == "left out" and "selection bias" in rows["balance"]["note"]
     assert rows["export"]["verdict"] == "DEPARTS" and rows["export"]["tolerance"] == 0.0
     assert "head/linear/kernel" in (tmp_path / "check" / "table.txt").read_text()
-    assert "DEPARTS" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "DEPARTS" in printed
+    assert re.search(r"^2 rows in \d+ s$", printed, re.MULTILINE)
 
 
 def test_an_unknown_row_is_refused(tmp_path):

@@ -99,7 +99,7 @@ def test_sign_bias_evens_out_a_skewed_router(recenter):
     def step(bias_E):
         index_TJ = jax.lax.top_k(score_TE + bias_E, 2)[1]
         counts_E = jnp.sum(index_TJ[..., None] == jnp.arange(4), (0, 1)).astype(jnp.float32)
-        return rule(bias_E, counts_E), jnp.max(counts_E) / 200
+        return rule(bias_E, counts_E, 0.0), jnp.max(counts_E) / 200
 
     bias_E = jnp.zeros(4)
     _, before = step(bias_E)
@@ -113,7 +113,7 @@ def test_budget_bias_reaches_its_target_and_rests_there():
     N, Z, J, target = 16, 8, 4, 2.5
     rule = BudgetBias(N, Z, J, target=target)
     balanced_E = jnp.concatenate([jnp.full(N, target / N), jnp.full(Z, (J - target) / Z)]) * 1000
-    np.testing.assert_allclose(rule(jnp.ones(N + Z), balanced_E), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(rule(jnp.ones(N + Z), balanced_E, 0.0), 1.0, rtol=1e-6)
     logits_TE = jax.random.normal(jax.random.key(0), (2000, N + Z)) + 0.5 * jax.random.normal(
         jax.random.key(1), (N + Z,)
     )
@@ -123,7 +123,7 @@ def test_budget_bias_reaches_its_target_and_rests_there():
     def step(bias_E):
         index_TJ = jax.lax.top_k(probability_TE + bias_E, J)[1]
         counts_E = jnp.sum(index_TJ[..., None] == jnp.arange(N + Z), (0, 1)).astype(jnp.float32)
-        return rule(bias_E, counts_E), jnp.sum(counts_E[:N]) / len(logits_TE)
+        return rule(bias_E, counts_E, 0.0), jnp.sum(counts_E[:N]) / len(logits_TE)
 
     bias_E = jnp.zeros(N + Z)
     _, before = step(bias_E)
@@ -138,7 +138,7 @@ def test_a_layer_that_counted_nothing_keeps_its_bias(rule):
     """Such as a module for multi-token prediction that the objective leaves out, or a frozen layer."""
     bias_LE = jnp.arange(12.0).reshape(2, 6)
     counts_LE = jnp.array([[0.0] * 6, [5.0, 1, 1, 1, 1, 1]])
-    moved_LE = rule(bias_LE, counts_LE)
+    moved_LE = rule(bias_LE, counts_LE, 0.0)
     np.testing.assert_array_equal(moved_LE[0], bias_LE[0])
     assert moved_LE[1, 0] < bias_LE[1, 0]
 
@@ -147,8 +147,62 @@ def test_a_rule_works_on_the_last_axis():
     """Stack puts a layers axis in front of value and statistic."""
     counts_LE = jnp.array([[8.0, 0, 2, 2], [3.0, 3, 3, 3]])
     for rule in (SignBias(4, 0, 1), BudgetBias(2, 2, 1, target=0.5)):
-        stacked = rule(jnp.zeros((2, 4)), counts_LE)
-        np.testing.assert_allclose(stacked, jnp.stack([rule(jnp.zeros(4), row) for row in counts_LE]))
+        stacked = rule(jnp.zeros((2, 4)), counts_LE, 0.0)
+        np.testing.assert_allclose(stacked, jnp.stack([rule(jnp.zeros(4), row, 0.0) for row in counts_LE]))
+
+
+def test_rates_follow_the_run():
+    """A sign's stops, a budget's falls by a cosine; neither does unless asked."""
+    counts_E = jnp.array([8.0, 0, 2, 2])
+
+    def moves(rule):
+        return [float(rule(jnp.zeros(4), counts_E, jnp.float32(done))[0]) for done in (0.0, 0.25, 0.5, 0.75, 1.0)]
+
+    sign, budget = F(SignBias, 4, 0, 1, rate=0.01, recenter=False), F(BudgetBias, 4, 0, 1, target=1.0, rate=0.1)
+    np.testing.assert_allclose(moves(sign()), -0.01, rtol=1e-6)
+    np.testing.assert_allclose(moves(sign(until=0.6)), [-0.01, -0.01, -0.01, 0, 0], rtol=1e-6)
+    error = 1 / 4 - 8 / 12
+    np.testing.assert_allclose(moves(budget()), 0.1 * error, rtol=1e-6)
+    rates = [0.01 + 0.09 * (1 + np.cos(np.pi * done)) / 2 for done in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    np.testing.assert_allclose(moves(budget(final_rate=0.01)), np.multiply(rates, error), rtol=1e-5)
+
+
+def test_a_budget_with_a_memory_is_the_printed_pid_law_on_pooled_counts():
+    """Two layers; b against its closed form after 4 updates of 3 steps each."""
+    N, Z, J, every = 3, 2, 2, 3
+    rule = BudgetBias(N, Z, J, target=1.5, rate=0.1, proportional=0.4, derivative=0.2, every=every)
+    rng = np.random.default_rng(0)
+    value, errors = jnp.zeros((2, 1 + rule.memory, N + Z)), []
+    for _ in range(4):
+        counts_SLE = rng.integers(0, 50, (every, 2, N + Z)).astype(np.float32)
+        for step, counts_LE in enumerate(counts_SLE):
+            before = value
+            statistic = np.zeros(value.shape, np.float32)
+            statistic[:, 0] = counts_LE
+            value = rule(value, jnp.asarray(statistic), 0.0)
+            assert bool((value[:, 0] == before[:, 0]).all()) == (step < every - 1)
+            idle = rule(value, jnp.zeros_like(value), 0.0)
+            np.testing.assert_array_equal(idle, value)
+        pooled_LE = counts_SLE.sum(0)
+        errors.append(1.5 / (J * N) - pooled_LE[:, :N] / pooled_LE.sum(1, keepdims=True))
+    want_LN = 0.4 * errors[-1] + 0.1 * sum(errors) + 0.2 * (errors[-1] - errors[-2])
+    np.testing.assert_allclose(value[:, 0, :N], want_LN, atol=1e-6)
+    assert (value[:, 0, N:] == 0).all()
+
+
+def test_a_router_chooses_by_the_bias_and_not_by_the_memory_of_its_rule():
+    x_BTD = jax.random.normal(jax.random.key(0), (1, 5, 4))
+    ctx = Context.of(x_BTD[..., 0])
+    router = TopK(4, 3, 2, top_k=2, bias=F(BudgetBias, target=1.0, every=4), rngs=nnx.Rngs(params=0))
+    plain = TopK(4, 3, 2, top_k=2, bias=F(BudgetBias, target=1.0), rngs=nnx.Rngs(params=0))
+    bias_E = jnp.array([0.3, -0.2, 0.0, 0.0, 0.0])
+    router.bias[...] = router.bias[...].at[0].set(bias_E).at[1:].set(jnp.arange(5.0))
+    plain.bias[...] = bias_E
+    np.testing.assert_array_equal(router(x_BTD, ctx).index_BTJ, plain(x_BTD, ctx).index_BTJ)
+    graph, state = nnx.split(router)
+    counts_E = jnp.arange(5.0)
+    told = jax.grad(lambda state: jnp.sum(nnx.merge(graph, state).report(x_BTD, counts_E)))(state)
+    np.testing.assert_array_equal(nnx.to_pure_dict(told)["bias"], jnp.zeros((5, 5)).at[0].set(counts_E))
 
 
 def expert_choice(**knobs):
@@ -192,6 +246,11 @@ def test_expert_choice_does_not_decode():
         (F(BudgetBias, 4, 2, 2, target=2.5), "BudgetBias.target=2.5"),
         (F(BudgetBias, 4, 0, 2, target=1.5), "BudgetBias.target=1.5"),
         (F(BudgetBias, 4, 2, 2, target=1.5, rate=-1.0), "BudgetBias.rate=-1.0"),
+        (F(BudgetBias, 4, 2, 2, target=1.5, final_rate=0.2), "BudgetBias.final_rate=0.2"),
+        (F(BudgetBias, 4, 2, 2, target=1.5, proportional=-1.0), "BudgetBias.proportional=-1.0"),
+        (F(BudgetBias, 4, 2, 2, target=1.5, derivative=-1.0), "BudgetBias.derivative=-1.0"),
+        (F(BudgetBias, 4, 2, 2, target=1.5, every=0), "BudgetBias.every=0"),
+        (F(SignBias, 4, 0, 2, until=0.0), "SignBias.until=0.0"),
         (F(LoadBalance, 4, 0, 2, coefficient=0.0), "LoadBalance.coefficient=0.0"),
         (F(LoadBalance, 4, 0, 2, scope="device"), "LoadBalance.scope='device'"),
         (F(ZLoss, 4, 0, 2, coefficient=-1.0), "ZLoss.coefficient=-1.0"),
