@@ -68,11 +68,15 @@ class Case:
 
 def measure(experiment: Experiment, repeats: int, steps: int) -> Result:
     """`repeats` rounds of every case; in each, all of its implementations run once, so that what else the machine does
-    falls on all alike. The experiment that the job was given, and its steps, do not matter here."""
+    falls on all alike. What each needs in temporary memory is kept beside, for a choice may be made by that. The
+    experiment that the job was given, and its steps, do not matter here."""
     sizes = CPU if kernels.platform() == "cpu" else ACCELERATOR
-    quantities, milliseconds = [], {}
+    quantities, milliseconds, temporary = [], {}, {}
     for case in cases(sizes):
-        runs = {name: _timed(loss, case.arrays) for name, loss in case.losses.items()}
+        compiled = {name: _gradient(loss, case.arrays) for name, loss in case.losses.items()}
+        for name, one in compiled.items():
+            temporary[f"{case.name}: {name}"] = one.memory_analysis().temp_size_in_bytes
+        runs = {name: _timed(one, case.arrays) for name, one in compiled.items()}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(repeats):
             for name, run in runs.items():
@@ -83,8 +87,8 @@ def measure(experiment: Experiment, repeats: int, steps: int) -> Result:
             label, goal = (f"{name}, taken", NEAR) if name == case.taken else (name, "")
             quantities.append(Quantity(f"{case.name}: {label}", f"of {fastest}", ratios, goal))
             milliseconds[f"{case.name}: {name}"] = [1e3 * one for one in found]
-    details = dataclasses.asdict(sizes) | {"pass": "forward and backward", "milliseconds": milliseconds}
-    return Result("kernels", device_word(), quantities, details)
+    details = {"pass": "forward and backward", "milliseconds": milliseconds, "temporary_bytes": temporary}
+    return Result("kernels", device_word(), quantities, dataclasses.asdict(sizes) | details)
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
@@ -119,10 +123,14 @@ def _choosing(op: str, name: str, loss: Callable) -> Callable:
     return chosen
 
 
-def _timed(loss: Callable, arrays: tuple) -> Callable[[], float]:
-    """A call that takes the gradient by all floating arrays, and returns its seconds."""
+def _gradient(loss: Callable, arrays: tuple) -> jax.stages.Compiled:
+    """The gradient by all floating arrays."""
     floating = tuple(i for i, x in enumerate(arrays) if jnp.issubdtype(jax.tree.leaves(x)[0].dtype, jnp.floating))
-    gradient = jax.jit(jax.grad(loss, floating)).lower(*arrays).compile()
+    return jax.jit(jax.grad(loss, floating)).lower(*arrays).compile()
+
+
+def _timed(gradient: jax.stages.Compiled, arrays: tuple) -> Callable[[], float]:
+    """A call, which has been made once, that returns its seconds."""
 
     def run() -> float:
         began = time.perf_counter()

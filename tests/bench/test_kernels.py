@@ -21,6 +21,7 @@ def test_every_choice_is_measured_against_the_others_of_its_round(tmp_path, monk
     record = json.loads(path.read_text())
     assert path.name == "kernels-cpu.json" and record["details"]["whole"] == 128
     milliseconds = record["details"]["milliseconds"]
+    assert milliseconds.keys() == record["details"]["temporary_bytes"].keys()
     found = {quantity["name"]: quantity for quantity in record["quantities"]}
     taken = {name.split(",")[0]: quantity for name, quantity in found.items() if name.endswith(", taken")}
     assert taken.keys() >= {"attention", "recurrence", "dual_chunk", "cross_entropy", "grouped_matmul"}
