@@ -1,5 +1,6 @@
 """Block: a mixer and a feed-forward, each in a residual branch."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -41,9 +42,12 @@ class Block(nnx.Module):
     x and y: [B, T, D]. aux: the children's, their losses summed under "loss", metrics under "mixer/NAME", "ffn/NAME".
 
     Knobs: mixer, ffn, norm: factories; ffn None for a block that only mixes; order; residual_scale > 0; skip_scale > 0,
-    of "deepnorm" alone; mixer_norm: factory of the mixer's norm where it differs from `norm`, or None.
-    Refuses a prefix (Context.prefix_BT) where the mixer would ignore it, and rows that a mesh cuts along their length
-        or that are out of order (Context.order_BT) where the mixer cannot work on them.
+    of "deepnorm" alone; mixer_norm: factory of the mixer's norm where it differs from `norm`, or None; mixer_dropout,
+    ffn_dropout in [0, 1): share of the numbers of f(...) that a training step replaces by zero, the others divided by
+    1 - share (Srivastava et al. 2014); attention's probabilities and the embedding are never dropped.
+    Refuses dropout without randomness in the context, a prefix (Context.prefix_BT) where the mixer would ignore it, and
+        rows that a mesh cuts along their length or that are out of order (Context.order_BT) where the mixer cannot
+        work on them.
     """
 
     def __init__(
@@ -57,8 +61,13 @@ class Block(nnx.Module):
         residual_scale: float = 1.0,
         skip_scale: float = 1.0,
         mixer_norm: Callable | None = None,
+        mixer_dropout: float = 0.0,
+        ffn_dropout: float = 0.0,
         rngs: nnx.Rngs,
     ):
+        for name, share in (("mixer_dropout", mixer_dropout), ("ffn_dropout", ffn_dropout)):
+            if not 0 <= share < 1:
+                raise ValueError(f"Block.{name}={share} is outside [0, 1): it is the share set to zero, 0 for none")
         if order not in ("pre", "post", "sandwich", "swin", "deepnorm"):
             raise ValueError(f"Block.order={order!r} must be 'pre', 'post', 'sandwich', 'swin' or 'deepnorm'")
         if residual_scale <= 0:
@@ -68,6 +77,7 @@ class Block(nnx.Module):
                 f"Block.skip_scale={skip_scale} must be positive, and 1.0 unless Block.order is 'deepnorm'"
             )
         self.order, self.residual_scale, self.skip_scale = order, residual_scale, skip_scale
+        self.mixer_dropout, self.ffn_dropout = mixer_dropout, ffn_dropout
         self.mixer = mixer(dim, rngs=rngs)
         self.mixer_norm = (norm if mixer_norm is None else mixer_norm)(dim, rngs=rngs)
         self.mixer_out_norm = norm(dim, rngs=rngs) if order == "sandwich" else None
@@ -91,12 +101,14 @@ class Block(nnx.Module):
     def _feed_forward(self, x_BTD, ctx: Context) -> tuple[jax.Array, Aux]:
         if self.ffn is None:
             return x_BTD, {}
-        return self._branch(x_BTD, lambda h: self.ffn(h, ctx), self.ffn_norm, self.ffn_out_norm)
+        run = dropped("ffn_dropout", self.ffn_dropout, lambda h: self.ffn(h, ctx), ctx)
+        return self._branch(x_BTD, run, self.ffn_norm, self.ffn_out_norm)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         refuse_lost_prefix(self, ctx)
         refuse_cut_rows(self, ctx)
-        x_BTD, mixer_aux = self._branch(x_BTD, lambda h: self.mixer(h, ctx), self.mixer_norm, self.mixer_out_norm)
+        mix = dropped("mixer_dropout", self.mixer_dropout, lambda h: self.mixer(h, ctx), ctx)
+        x_BTD, mixer_aux = self._branch(x_BTD, mix, self.mixer_norm, self.mixer_out_norm)
         x_BTD, ffn_aux = self._feed_forward(x_BTD, ctx)
         return x_BTD, join({"mixer": mixer_aux, "ffn": ffn_aux})
 
@@ -116,6 +128,22 @@ class Block(nnx.Module):
     def flops_per_token(self, length: int) -> float:
         ffn = 0.0 if self.ffn is None else self.ffn.flops_per_token(length)
         return self.mixer.flops_per_token(length) + ffn
+
+
+def dropped(knob: str, share: float, branch: Callable, ctx: Context) -> Callable:
+    """`branch`, with dropout on its output in a training call."""
+    if not share or not ctx.train:
+        return branch
+    if ctx.key is None:
+        raise ValueError(f"Block.{knob}={share} needs randomness: Context.key is None in a training call")
+
+    def run(h_BTD: jax.Array) -> tuple[jax.Array, Any]:
+        y_BTD, rest = branch(h_BTD)
+        key = jax.random.fold_in(ctx.key, zlib.crc32(knob.encode()))  # a key of its own beside the branch's
+        keep_BTD = jax.random.bernoulli(key, 1.0 - share, y_BTD.shape)
+        return jnp.where(keep_BTD, y_BTD / (1.0 - share), jnp.zeros((), y_BTD.dtype)), rest
+
+    return run
 
 
 def refuse_lost_prefix(block: nnx.Module, ctx: Context) -> None:

@@ -13,6 +13,7 @@ from layers.block import Block
 from layers.context import Context
 from layers.mlp import GatedMLP
 from layers.norm import Identity, LayerNorm, RMSNorm
+from layers.stack import Stack
 from tests.reference.random import random_module
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 16))
@@ -131,3 +132,55 @@ def test_the_mixers_norm_may_differ():
     block = build(mixer_norm=Identity)
     x = X + block.mixer(X, CTX)[0]
     np.testing.assert_allclose(block(X, CTX)[0], x + block.ffn(block.ffn_norm(x), CTX)[0], atol=1e-5)
+
+
+class Ones(nnx.Module):
+    """A branch whose output shows what dropout did to it."""
+
+    def __init__(self, dim, *, rngs):
+        pass
+
+    def __call__(self, x_BTD, ctx):
+        return jnp.ones_like(x_BTD), {}
+
+
+def drop(ctx, **knobs):
+    """Which numbers the mixer and the feed-forward each give: 0, 1 or what is kept of it."""
+    mixed = make(nnx.Rngs(0), mixer=Ones, ffn=None, **knobs)(X, ctx)[0] - X
+    return mixed, make(nnx.Rngs(0), mixer=Ones, ffn=Ones, **knobs)(X, ctx)[0] - X - mixed
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean():
+    ctx = CTX.replace(train=True, key=jax.random.key(3))
+    mixed, fed = (np.asarray(x) for x in drop(ctx, mixer_dropout=0.25, ffn_dropout=0.5))
+    for y, share in ((mixed, 0.25), (fed, 0.5)):
+        kept = np.isclose(y, 1 / (1 - share), atol=1e-5)
+        np.testing.assert_allclose(y, np.where(kept, y, 0), atol=1e-5)
+        assert abs(kept.mean() - (1 - share)) < 4 * (share * (1 - share) / kept.size) ** 0.5
+    same = drop(ctx, mixer_dropout=0.5, ffn_dropout=0.5)
+    assert not np.array_equal(same[0] > 1, same[1] > 1)  # two branches, two masks
+    np.testing.assert_allclose(drop(ctx, ffn_dropout=0.5)[0], 1, atol=1e-5)
+
+
+def test_dropout_does_not_touch_evaluation_and_needs_a_key():
+    knobs = {"mixer_dropout": 0.5, "ffn_dropout": 0.5}
+    evaluated = CTX.replace(key=jax.random.key(3))
+    np.testing.assert_array_equal(build(**knobs)(X, evaluated)[0], build()(X, evaluated)[0])
+    with pytest.raises(ValueError, match=r"Block.mixer_dropout=0.5 needs randomness"):
+        build(**knobs)(X, CTX.replace(train=True))
+    for share in (1.0, -0.1):
+        with pytest.raises(ValueError, match=rf"Block.ffn_dropout={share} is outside"):
+            build(ffn_dropout=share)
+
+
+def test_every_layer_drops_other_numbers_scanned_or_not():
+    ctx = CTX.replace(train=True, key=jax.random.key(3))
+    block = functools.partial(Block, mixer=Ones, ffn=None, norm=RMSNorm, mixer_dropout=0.5)
+
+    def sums(depth, scan):
+        stack = Stack(16, pattern=(block,), depth=depth, scan=scan, remat="full", rngs=nnx.Rngs(0))
+        return stack(jnp.zeros_like(X), ctx)[0] / 2
+
+    one, two = sums(1, True), sums(2, True)
+    np.testing.assert_array_equal(two, sums(2, False))
+    assert float(jnp.mean((one == 1) & (two == 1))) > 0.1  # kept by the first layer and not by the second
