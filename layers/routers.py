@@ -83,7 +83,8 @@ class TopK(nnx.Module):
         norm_topk: divide the weights by their sum: for softmax scores this is the softmax over the chosen logits alone
         (Mixtral). None: yes for sigmoid (DeepSeek-V3), no for softmax (Qwen2-MoE, LongCat).
         scale > 0: factor of all weights. Experts split m-fold in count and width keep the output's variance with
-        scale m (LongCat-Flash, arXiv 2509.01322, section 2.3).
+        scale m (LongCat-Flash, arXiv 2509.01322, section 2.3) where norm_topk is off and Experts.std is set; with
+        Experts.std = None, which draws narrower experts' last weights wider, with m^0.5.
         limit: factory such as GroupLimit of what may be chosen, or None.
         bias: factory of a rule such as balance.SignBias that moves a selection bias without gradients, or None. One
         with a memory keeps it in further rows of the bias's buffer.
