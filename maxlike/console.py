@@ -21,8 +21,8 @@ class Start:
 
     parameters, active: counts; active is what one token uses (less than all with experts).
     flops_per_token: training FLOPs by the convention of `maxlike.mfu`. mesh: {axis: size}. batch_tokens: tokens a step.
-    memory: predicted bytes a device, or None where the compiler does not tell. device_kind, devices: the hardware.
-    cache: of decoding, one row. kernels: (operation, implementation, reason). sources: (name, tokens, share of the
+    memory: predicted bytes a device, or None where the compiler does not tell. device_kind, devices: what is in use;
+    idle: further devices, which the mesh leaves out. cache: of decoding, one row. kernels: (operation, implementation, reason). sources: (name, tokens, share of the
     mixture or None).
     """
 
@@ -34,6 +34,7 @@ class Start:
     memory: float | None
     device_kind: str
     devices: int
+    idle: int
     cache: CacheSize
     kernels: tuple[tuple[str, str, str], ...]
     sources: tuple[tuple[str, int, float | None], ...]
@@ -224,7 +225,9 @@ def _start_table(start: Start) -> Table:
     axes = " x ".join(f"{axis} {size}" for axis, size in start.mesh.items() if size > 1) or "one device"
     peak = peak_flops(start.device_kind)
     known = "peak not known: no MFU" if peak is None else f"peak {quantity(peak, 'FLOP/s')} each"
-    row("mesh", f"{axes} on {start.devices} x {start.device_kind} ({known})")
+    there = start.devices + start.idle
+    idle = f"; {start.idle} of {there} devices idle: `--overlay mesh/fsdp` uses all" if start.idle else ""
+    row("mesh", f"{axes} on {start.devices} x {start.device_kind} ({known}){idle}")
     row("batch", f"{quantity(start.batch_tokens)} tokens a step")
     row("memory", "not predicted" if start.memory is None else f"{quantity(start.memory, 'B')} a device, predicted")
     row("cache", cache_words(start.cache))

@@ -92,6 +92,7 @@ class Log:
             memory=_memory(compiled),
             device_kind=device.device_kind,
             devices=self._devices,
+            idle=jax.device_count() - self._devices,
             cache=self._cache,
             kernels=tuple(kernels.report()),
             sources=tuple(

@@ -25,6 +25,9 @@ MESH_AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
 SIZES = {
     "layers": "Stack.depth (this many times the length of Stack.pattern)",
     "experts": "Experts.count (ModalityMoE.groups)",
+    "batch": "Experiment.batch_size (Step.micro_batches)",
+    "length": "Experiment.sequence_length",
+    "residual_length": "Experiment.sequence_length",
 }
 # An optimizer's leaf above this size that mirrors no parameter is refused rather than replicated.
 REPLICATE_UP_TO = 1 << 16
@@ -208,9 +211,17 @@ class Layout:
 
     def batch(self, shape: tuple[int, ...]) -> NamedSharding:
         """Sharding of a batch of examples [B, T, ...]."""
-        return self.sharding(
-            ("batch", "length")[: len(shape)] + (None,) * (len(shape) - 2), shape, "the batch (Experiment.batch_size)"
-        )
+        return self.sharding(("batch", "length")[: len(shape)] + (None,) * (len(shape) - 2), shape, "the batch")
+
+    def check_rows(self, rows: int) -> None:
+        """Raises UserError where the rows of a micro-batch, which the devices work on at a time, do not divide."""
+        names = self.mesh_axes("batch")
+        parts = math.prod(self.mesh.shape[name] for name in names)
+        if rows % parts:
+            raise UserError(
+                f"a micro-batch of {rows} rows (Experiment.batch_size / Step.micro_batches) does not divide over the "
+                f"{parts} devices of {' x '.join(names)}: change one of the three"
+            )
 
 
 def slices(devices: Sequence[jax.Device]) -> dict[int, int]:

@@ -35,7 +35,7 @@ class Watchdog:
     """Limits of the watchdog, and whether it ends a run that stands still.
 
     factor: a step, or its wait for data, is late after `factor` times the median of the last 101 steps, > 1,
-    floor: but not before so many seconds, > 0.
+    floor: but not before so many seconds, > 0: what a step may lose to a busy host or file system without a record.
     first: seconds that the first step may take, >= floor.
     beside: seconds that a checkpoint, a validation or another hook may take, >= floor.
     abort: end the process with exit code 75 after the record is written; the other processes then stop too, and the
@@ -48,7 +48,7 @@ class Watchdog:
         self,
         *,
         factor: float = 10.0,
-        floor: float = 60.0,
+        floor: float = 10.0,
         first: float = 300.0,
         beside: float = 1800.0,
         abort: bool = False,

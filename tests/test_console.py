@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import re
 
@@ -15,11 +16,23 @@ START = Start(
     memory=61.2e9,
     device_kind="NVIDIA H200",
     devices=8,
+    idle=0,
     cache=CacheSize(a_token=3072.0, state=65_536.0),
     kernels=(("attention", "cudnn", "fastest here"), ("layers", "scan", "[not markup]")),
     sources=(("web", 1_200_000_000, 0.8), ("books", 30_000_000, 0.2)),
 )
 VALUES = {"loss": 2.34567, "bits_per_byte": 1.0, "tokens_per_second": 51234.0, "mfu": 0.4321, "input_wait": 0.004}
+
+
+def test_devices_that_the_mesh_leaves_out_are_said():
+    def shown(start):
+        out = io.StringIO()
+        Console(steps=1, file=out).start(start)
+        return " ".join(out.getvalue().split())
+
+    assert "idle" not in shown(START)
+    alone = dataclasses.replace(START, mesh={"fsdp": 4}, devices=4, idle=4)
+    assert "4 of 8 devices idle: `--overlay mesh/fsdp` uses all" in shown(alone)
 
 
 class Clock:

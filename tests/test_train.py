@@ -98,6 +98,16 @@ def test_resumes_on_another_mesh_and_says_so(straight, tmp_path, capsys):
     np.testing.assert_allclose([got[k] for k in want], list(want.values()), rtol=1e-5)
 
 
+@pytest.mark.large
+def test_resumes_on_more_devices(straight, tmp_path):
+    begun = tiny.load("sharding.Mesh.shape = {'fsdp': 2}", overlays=("mesh/fsdp",))
+    train(dataclasses.replace(begun, hooks=(StopAt(6),)), tmp_path)
+    interrupt.clear()
+    train(tiny.load(overlays=("mesh/fsdp_tp",)), tmp_path)  # all eight
+    got, want = tiny.losses(tmp_path), tiny.losses(straight)
+    np.testing.assert_allclose([got[k] for k in want], list(want.values()), rtol=1e-5)
+
+
 def test_validation_is_logged_and_equals_the_job(tmp_path, capsys):
     experiment = dataclasses.replace(tiny.load(), hooks=(Validate(every=7),))
     train(experiment, tmp_path)

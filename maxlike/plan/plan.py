@@ -35,12 +35,18 @@ def plan(
     if tokens <= 0 or top < 1 or (price is not None and price < 0):
         raise UserError(f"--tokens {tokens} and --top {top} must be positive, and --price {price} not negative")
     target = targets.find(topology, hardware, devices)
+    if search:
+        ranking.check(target)  # refused before anything is compiled
     traced = trace(experiment, target.platform)
     made = analytic(experiment, target, traced)
     if target.devices is not None:
         made = compile_plan(made)
     changes = advice.cheapest(made) if made.fits is False else []
-    ranked = ranking.rank(made, top) if search else []
+    ranked, nothing = [], None
+    try:
+        ranked = ranking.rank(made, top) if search else []
+    except UserError as refusal:  # what was asked about still gets its plan, its verdict and the changes that help it
+        nothing = refusal
     price = price if price is not None or target.device is None else target.device.price
     content = report.content(made, changes, ranked, tokens, price)
     path = pathlib.Path(out) if out else pathlib.Path(run_dir or ".") / "plan.json"
@@ -49,4 +55,6 @@ def plan(
     report.update(path.parent / "README.md")
     report.show(content)
     print(f"written to {path}")
+    if nothing is not None:
+        raise nothing
     return content

@@ -48,8 +48,7 @@ def rank(plan: Plan, top: int, found: dict[Key, Plan] | None = None) -> list[Can
 
     Raises UserError where nothing fits, with what comes closest, or where the target's speed is not known.
     """
-    if plan.target.device is None:
-        raise UserError(f"--search ranks by time, and the speed of {plan.target.word} is not known: use --hardware")
+    check(plan.target)
     found = evaluate(plan.experiment, plan.target) if found is None else found
     if not found:
         raise UserError(
@@ -70,6 +69,12 @@ def rank(plan: Plan, top: int, found: dict[Key, Plan] | None = None) -> list[Can
     for key, made in fitting:  # of a mesh and remat the fastest micro-batches alone
         best.setdefault(key[:2], (key, made))
     return [Candidate(made, _sensitivity(key, found)) for key, made in list(best.values())[:top]]
+
+
+def check(target: Target) -> None:
+    """Raises UserError for a target on which nothing can be ranked."""
+    if target.device is None:
+        raise UserError(f"--search ranks by time, and the speed of {target.word} is not known: use --hardware")
 
 
 def evaluate(experiment: Experiment, target: Target) -> dict[Key, Plan]:

@@ -13,6 +13,10 @@ from maxlike.catalog import nearest
 from maxlike.errors import UserError
 
 TPUS = tuple(device.name for device in mfu.DEVICES if device.platform == "tpu")
+# The slices that can be had where the chips of a pod lie in a plane; libtpu would also compile for larger ones.
+FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SLICES = {"v5e": FLAT, "v6e": FLAT}
+BOXES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4 and boxes whose sides are multiples of 4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,9 @@ def _simulated(count: int) -> Target:
 
 
 def _tpu(topology: str, generation: str, size: tuple[int, ...]) -> Target:
+    known = ", ".join(SLICES.get(generation, BOXES))
+    if generation in SLICES and "x".join(map(str, size)) not in SLICES[generation]:
+        raise UserError(f"--topology {topology} is no slice that there is: those of {generation} are {known}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology {topology} compiles with libtpu, which is missing: `pip install libtpu`, or "
@@ -107,6 +114,8 @@ def _tpu(topology: str, generation: str, size: tuple[int, ...]) -> Target:
         if "INVALID_ARGUMENT: " not in reason:
             raise UserError(f"--topology {topology}: libtpu does not start here ({reason})") from None
         sentence = reason.split("INVALID_ARGUMENT: ")[-1]
-        raise UserError(f"--topology {topology}: libtpu knows no such slice ({sentence})") from None
+        raise UserError(
+            f"--topology {topology}: libtpu knows no such slice ({sentence}); those of {generation} are {known}"
+        ) from None
     device = next(d for d in mfu.DEVICES if d.name == generation)
     return Target(topology, "tpu", len(devices), device, devices, size)

@@ -94,6 +94,18 @@ def train(monkeypatch, tmp_path, capsys):
         ("", "mesh/pipeline_1f1b", ["sharding.Mesh.shape = {'fsdp': 8}"], "OneFOneB needs stages"),
         (FLOAT8, None, ["low_precision.Float8.smallest = 16"], "set Float8.emulate=True"),
         ("", "mesh/fsdp_tp", ["experiment.Experiment.sequence_length = 27"], "Experiment.sequence_length"),
+        (
+            "",
+            "mesh/context",
+            ["experiment.Experiment.sequence_length = 30"],
+            "the batch: its dimension 'length' of size 30 does not divide over context=8; change Experiment.sequence_l",
+        ),
+        (
+            "",
+            "mesh/fsdp",
+            ["step.Step.micro_batches = 2"],
+            "a micro-batch of 4 rows (Experiment.batch_size / Step.micro_batches) does not divide over the 8 devices",
+        ),
         (MOMA, None, [], "tokens have no modality ids: set LanguageModel.modality_starts"),
         (
             MOMA,

@@ -245,6 +245,9 @@ def test_the_job_writes_what_it_prints(toy, tmp_path, capsys):
         ({"topology": "cpu:8", "hardware": "h100"}, "say what to plan for"),
         ({"topology": "v9:2x2"}, "not known"),
         ({"topology": "v5e:4by4"}, "not known"),
+        ({"topology": "v5e:3x3"}, "no slice that there is: those of v5e are 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
+        ({"topology": "v6e:16x32"}, "no slice that there is: those of v6e are 2x2"),
+        ({"topology": "cpu:8", "search": True}, "ranks by time, and the speed of cpu:8 is not known"),
         ({"topology": "cpu:100000"}, "needs 100000 simulated devices"),
         ({"topology": "cpu:8", "devices": 8}, "goes with --hardware"),
         ({"hardware": "h300", "devices": 8}, "not known; did you mean|is not known"),
@@ -262,6 +265,19 @@ def test_a_missing_libtpu_names_the_wheel(monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install libtpu"):
         targets.find("v5e:2x2", None, 0)
+
+
+def test_a_search_in_vain_leaves_the_plan_and_the_changes(toy, tmp_path, monkeypatch, capsys):
+    def in_vain(made, top):
+        raise UserError("nothing fits: 8 devices are enough")
+
+    monkeypatch.setattr(ranking, "rank", in_vain)
+    huge = dataclasses.replace(with_mesh(toy, {"data": 8}), batch_size=1 << 20)
+    with pytest.raises(UserError, match="nothing fits: 8 devices are enough"):
+        plan(huge, tmp_path, hardware="v5e", devices=8, search=True)
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert told["fits"] is False and len(told["changes"]) == 3
+    assert "does not fit" in capsys.readouterr().out
 
 
 @pytest.mark.libtpu
