@@ -61,17 +61,10 @@ def test_with_fewer_devices_a_process_simulates_eight(tmp_path, monkeypatch):
 def test_lowering_is_timed_by_depth(tmp_path, monkeypatch):
     load, depths = config.load, []
     small = (
-        "vocab = 64",
-        "dim = 16",
-        "attention.Attention.heads = 2",
-        "attention.Attention.kv_heads = 2",
-        "mlp.GatedMLP.width = 16",
-    )
-    shape = (
-        "experiment.Experiment.batch_size = 1",
+        "vocab = 64", "dim = 16", "attention.Attention.heads = 2", "attention.Attention.kv_heads = 2",
+        "mlp.GatedMLP.width = 16", "experiment.Experiment.batch_size = 1", "step.Step.micro_batches = 1",
         "experiment.Experiment.sequence_length = 8",
-        "step.Step.micro_batches = 1",
-    )
+    )  # fmt: skip
 
     def loaded(name, overlays, bindings):
         made = load(name, overlays=overlays, bindings=[*bindings, *small])
