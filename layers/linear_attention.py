@@ -45,7 +45,8 @@ class LightningAttention(nnx.Module, CutsLength, CountsLayers):
     The gate u has no activation, scores are not scaled, and the norm is over all heads together. The decay is
     exp(-slope), fixed. "alibi" (the released code): slope = alibi_slopes(H)_h (1 - l / (L - 1) + 1e-5) for layer l of
     L; "paper_linear" (the paper's text): (8 h / H) (1 - l / L), h and l from 0; "none": no decay. Despite the paper's
-    name for it this is not GLA, whose decay depends on the data.
+    name for it this is not GLA, whose decay depends on the data. This is the release of 2023; of the module of 2024 the
+    LayerNorm is a knob (norm), its silu on v and its sigmoid gate through head_dim channels are not here.
 
     x and y: [B, T, D]. aux is empty. Tokens see only their own segment.
 

@@ -111,7 +111,12 @@ class Subject:
         if name in self._on_mesh:
             return self._on_mesh[name]
         patterns = self.bindings.values("pattern", "Stack")
-        deeper = self.bindings.override("Stack", "depth", DEEP * len(patterns[0])) if len(patterns) == 1 else []
+        deeper = []
+        if len(patterns) == 1:
+            outside = sum(len(self.bindings.values(knob, "Stack")[0]) for knob in ("prefix", "suffix"))
+            depth = DEEP * len(patterns[0])
+            deeper = self.bindings.override("Stack", "depth", depth)
+            deeper += self.bindings.override("LightningAttention", "layers", depth + outside)
         refusals: list[str] = []
         for devices, lines in [*((count, []) for count in DEVICES), (DEVICES[0], deeper)]:
             if lines and "Stack.depth" not in refusals[0]:
