@@ -23,7 +23,7 @@ WITHOUT = ["experiment.Experiment.hooks = ()", "experiment.Experiment.batch_size
 @pytest.fixture
 def main(monkeypatch, capsys):
     """The command line in this process: (exit code, what it printed)."""
-    monkeypatch.setattr(environment, "prepare", lambda groups: None)
+    monkeypatch.setattr(environment, "prepare", lambda *_: None)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["launch", "--experiment", "quickstart", *map(str, arguments)])
