@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -61,6 +62,7 @@ def check(experiment: Experiment, run_dir: pathlib.Path, *, rows: str | None = N
             raise UserError(f"--rows names {name!r}{nearest(name, ROWS)}; rows are {', '.join(ROWS)}")
     folder = pathlib.Path(run_dir) / "check"
     folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
     found = run(
         experiment, folder, wanted, lambda row: print(f"{row.name}: {row.verdict}", file=sys.stderr, flush=True)
     )
@@ -69,6 +71,7 @@ def check(experiment: Experiment, run_dir: pathlib.Path, *, rows: str | None = N
             known = ", ".join(row.name for row in found) or f"those of {name.split('/')[0]}, without a name behind it"
             raise UserError(f"--rows names {name!r}, which this experiment has not; it has {known}")
     _show(experiment, folder, found)
+    print(f"{len(found)} rows in {time.monotonic() - began:.0f} s")
     failed = [row.name for row in found if row.failed]
     if failed:
         raise Failed(f"{len(failed)} of {len(found)} rows do not hold: {', '.join(failed)}; see {folder / 'table.txt'}")
