@@ -25,6 +25,8 @@ class Device:
     wrap: sizes of a dimension of the torus that is closed to a ring divide by this; None without a torus.
     price: dollars a device-hour, the on-demand list price of US regions as of 2025, None where none is listed by the
         device; `--price` overrides it.
+    largest: devices of the largest slice of TPUs, None for others.
+    float8, int8: peaks of dense products of such numbers, FLOP/s; None where the device has none.
     """
 
     name: str
@@ -38,44 +40,97 @@ class Device:
     network: float
     wrap: int | None = None
     price: float | None = None
+    largest: int | None = None
+    float8: float | None = None
+    int8: float | None = None
+
+    def peak_of(self, dtype: str) -> float | None:
+        """Peak of products by the dtype of what is multiplied: "float8", "int8", anything else bfloat16's."""
+        return {"float8": self.float8, "int8": self.int8}.get(dtype, self.peak)
 
 
 _GiB = 2.0**30
 # TPU memory: what the compiler says that it has. GPU memory: the size on the data sheet.
 
 DEVICES = (
-    Device("v4", r"TPU v4", "tpu", 275e12, 31.75 * _GiB, 1228e9, 45e9, None, 6.25e9, 4, 3.22),
-    Device("v5e", r"TPU (v5 lite|v5e)", "tpu", 197e12, 15.75 * _GiB, 819e9, 45e9, None, 3.1e9, 16, 1.20),
-    Device("v5p", r"TPU (v5|v5p)", "tpu", 459e12, 95.74 * _GiB, 2765e9, 90e9, None, 6.25e9, 4, 4.20),
-    Device("v6e", r"TPU (v6 lite|v6e)", "tpu", 918e12, 31.25 * _GiB, 1640e9, 90e9, None, 12.5e9, 16, 2.70),
+    Device("v4", r"TPU v4", "tpu", 275e12, 31.75 * _GiB, 1228e9, 45e9, None, 6.25e9, 4, 3.22, 4096),
+    Device(
+        "v5e", r"TPU (v5 lite|v5e)", "tpu", 197e12, 15.75 * _GiB, 819e9, 45e9, None, 3.1e9, 16, 1.20, 256, int8=394e12
+    ),
+    Device("v5p", r"TPU (v5|v5p)", "tpu", 459e12, 95.74 * _GiB, 2765e9, 90e9, None, 6.25e9, 4, 4.20, 8960, int8=918e12),
+    Device(
+        "v6e",
+        r"TPU (v6 lite|v6e)",
+        "tpu",
+        918e12,
+        31.25 * _GiB,
+        1640e9,
+        90e9,
+        None,
+        12.5e9,
+        16,
+        2.70,
+        256,
+        int8=1836e12,
+    ),
     # A chip is two devices to jax.
-    Device("v7x", r"TPU ?7x", "tpu", 2307e12 / 2, 94.75 * _GiB, 3690e9, 90e9, None, 12.5e9, 4),
-    Device("a100", r"NVIDIA A100-SXM4-80GB", "gpu", 312e12, 80e9, 2039e9, 300e9, 8, 25e9),
-    Device("a100_40", r"NVIDIA A100-SXM4-40GB", "gpu", 312e12, 40e9, 1555e9, 300e9, 8, 25e9),
+    Device(
+        "v7x",
+        r"TPU ?7x",
+        "tpu",
+        2307e12 / 2,
+        94.75 * _GiB,
+        3690e9,
+        90e9,
+        None,
+        12.5e9,
+        4,
+        largest=18432,
+        float8=2307e12,
+    ),
+    Device("a100", r"NVIDIA A100-SXM4-80GB", "gpu", 312e12, 80e9, 2039e9, 300e9, 8, 25e9, int8=624e12),
+    Device("a100_40", r"NVIDIA A100-SXM4-40GB", "gpu", 312e12, 40e9, 1555e9, 300e9, 8, 25e9, int8=624e12),
     Device(
         "a100_pcie",
-        r"NVIDIA A100-(PCIE|PCIe)-(40|80)GB|NVIDIA A100 80GB PCIe",
+        r"NVIDIA A100-(PCIE|PCIe)-80GB|NVIDIA A100 80GB PCIe",
         "gpu",
         312e12,
-        40e9,
-        1555e9,
+        80e9,
+        1935e9,
         32e9,
         8,
         25e9,
+        int8=624e12,
     ),
-    Device("h100", r"NVIDIA H100 80GB HBM3", "gpu", 989e12, 80e9, 3352e9, 450e9, 8, 50e9),
-    Device("gh200", r"NVIDIA GH200 (96|120|144|480)GB( HBM3e?)?", "gpu", 989e12, 96e9, 4000e9, 450e9, 1, 50e9),
-    Device("h100_pcie", r"NVIDIA H100 PCIe", "gpu", 756e12, 80e9, 2039e9, 64e9, 8, 50e9),
-    Device("h100_nvl", r"NVIDIA (H100|H200) NVL", "gpu", 835e12, 94e9, 3900e9, 300e9, 2, 50e9),
-    Device("h200", r"NVIDIA H200", "gpu", 989e12, 141e9, 4800e9, 450e9, 8, 50e9),
-    Device("b200", r"NVIDIA B200", "gpu", 2250e12, 180e9, 8000e9, 900e9, 8, 50e9),
+    Device("a100_pcie_40", r"NVIDIA A100-(PCIE|PCIe)-40GB", "gpu", 312e12, 40e9, 1555e9, 32e9, 8, 25e9, int8=624e12),
+    Device("h100", r"NVIDIA H100 80GB HBM3", "gpu", 989e12, 80e9, 3352e9, 450e9, 8, 50e9, float8=1979e12, int8=1979e12),
+    Device(
+        "gh200",
+        r"NVIDIA GH200 (96|120|144|480)GB( HBM3e?)?",
+        "gpu",
+        989e12,
+        96e9,
+        4000e9,
+        450e9,
+        1,
+        50e9,
+        float8=1979e12,
+        int8=1979e12,
+    ),
+    Device("h100_pcie", r"NVIDIA H100 PCIe", "gpu", 756e12, 80e9, 2039e9, 64e9, 8, 50e9, float8=1513e12, int8=1513e12),
+    Device("h100_nvl", r"NVIDIA H100 NVL", "gpu", 835e12, 94e9, 3900e9, 300e9, 2, 50e9, float8=1671e12, int8=1671e12),
+    Device("h200_nvl", r"NVIDIA H200 NVL", "gpu", 835e12, 141e9, 4800e9, 450e9, 4, 50e9, float8=1671e12, int8=1671e12),
+    Device("h200", r"NVIDIA H200", "gpu", 989e12, 141e9, 4800e9, 450e9, 8, 50e9, float8=1979e12, int8=1979e12),
+    Device("b200", r"NVIDIA B200", "gpu", 2250e12, 180e9, 8000e9, 900e9, 8, 50e9, float8=4500e12, int8=4500e12),
     # One of the two dies of an MI250X is a device; 4 x 25 GB/s leave a node of 8 (arXiv 2312.12705).
     Device("mi250x", r"AMD Instinct MI250X", "gpu", 191.5e12, 64e9, 1638e9, 50e9, 8, 12.5e9),
     Device("mi300x", r"AMD Instinct MI300X( OAM)?", "gpu", 1307e12, 192e9, 5300e9, 448e9, 8, 50e9),
-    Device("l4", r"NVIDIA L4", "gpu", 121e12, 24e9, 300e9, 32e9, 8, 12.5e9),
-    Device("l40s", r"NVIDIA L40S", "gpu", 362e12, 48e9, 864e9, 32e9, 8, 12.5e9),
+    Device("l4", r"NVIDIA L4", "gpu", 121e12, 24e9, 300e9, 32e9, 8, 12.5e9, float8=242e12, int8=242e12),
+    Device("l40s", r"NVIDIA L40S", "gpu", 362e12, 48e9, 864e9, 32e9, 8, 12.5e9, float8=733e12, int8=733e12),
     Device("rtx_3090", r"NVIDIA GeForce RTX 3090", "gpu", 71e12, 24e9, 936e9, 32e9, 8, 1.25e9),
-    Device("rtx_4090", r"NVIDIA GeForce RTX 4090", "gpu", 165e12, 24e9, 1008e9, 32e9, 8, 1.25e9),
+    Device(
+        "rtx_4090", r"NVIDIA GeForce RTX 4090", "gpu", 165e12, 24e9, 1008e9, 32e9, 8, 1.25e9, float8=330e12, int8=660e12
+    ),
     Device("rtx_5090", r"NVIDIA GeForce RTX 5090", "gpu", 209e12, 32e9, 1792e9, 64e9, 8, 1.25e9),
 )
 PEAK_FLOPS = {device.kind: device.peak for device in DEVICES}

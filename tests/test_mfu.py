@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from maxlike.mfu import PEAK_FLOPS, mfu, peak_flops
+from maxlike.mfu import PEAK_FLOPS, mfu, of_kind, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,21 @@ def test_known_devices(kind, teraflops):
 def test_unknown_devices_have_no_mfu_rather_than_a_wrong_one(kind):
     assert peak_flops(kind) is None
     assert mfu(1e6, 1e9, kind, 8) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "gigabytes"),
+    [
+        ("NVIDIA H100 NVL", 94),
+        ("NVIDIA H200 NVL", 141),
+        ("NVIDIA H200", 141),
+        ("NVIDIA A100 80GB PCIe", 80),
+        ("NVIDIA A100-PCIE-40GB", 40),
+        ("NVIDIA A100-SXM4-80GB", 80),
+    ],
+)
+def test_cards_of_one_name_have_the_memory_of_their_own(kind, gigabytes):
+    assert of_kind(kind).memory == gigabytes * 1e9
 
 
 def test_mfu_is_of_all_devices():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from maxlike.collectives import Collective
+from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.mfu import Device
 from maxlike.plan.layouts import Shares
@@ -85,7 +86,7 @@ def predict(
     rows = rows_a_device(experiment, shares)
     share = 1 / shares.context
     tokens = rows * experiment.sequence_length / shares.context
-    seconds = functools.partial(_seconds, shares=shares, tokens=tokens, peak=device.peak)
+    seconds = functools.partial(_seconds, shares=shares, tokens=tokens, device=device)
     compute = micro * rows * share * sum(seconds(work) for work in trace.row)
     compute += sum(p.flops for p in trace.update) / shares.layout.mesh.size / (device.peak * EFFICIENCY[-1][1])
     moved = micro * share * sum(_moved(work, shares, rows, device.platform == "gpu") for work in trace.row)
@@ -103,8 +104,14 @@ def predict(
     )
 
 
-def _seconds(work: Work, *, shares: Shares, tokens: float, peak: float) -> float:
-    """Of one row."""
+def _seconds(work: Work, *, shares: Shares, tokens: float, device: Device) -> float:
+    """Of one row. Raises UserError where the device cannot multiply such numbers."""
+    peak = device.peak_of(work.dtype)
+    if peak is None:
+        raise UserError(
+            f"{device.name} has no {work.dtype} products: leave the precision overlay away, or plan for another "
+            "device (Float8.emulate=True and Int8.emulate=True round, and multiply in bfloat16)"
+        )
     reached = BATCHED_EFFICIENCY
     if not work.batched:
         reached = efficiency(min(tokens, *(d / shares.cut_sizes.get(d, 1) for d in work.dims)))

@@ -225,7 +225,11 @@ def _overview(told: dict[str, Any]) -> Table:
             f"{_seconds(time['step_seconds'])} a step, {quantity(time['tokens_per_second'])} tokens/s, "
             f"MFU {100 * time['mfu']:.1f} % ({time['mfu_convention']})",
         )
-        cost = "no price known: give --price" if run["dollars"] is None else f"${run['dollars']:,.0f}"
+        cost = (
+            "no list price known: give `--price DOLLARS` a device-hour for the cost"
+            if run["dollars"] is None
+            else f"${run['dollars']:,.0f}"
+        )
         table.add_row("run", f"{quantity(run['tokens'])} tokens: {duration(run['days'] * 86400)}, {cost}")
     for index, (operation, implementation, reason) in enumerate(told["kernels"]):
         table.add_row("" if index else "kernels", f"{operation}: {implementation} ({reason})")

@@ -72,6 +72,11 @@ def _analytic(hardware: str, devices: int) -> Target:
     if devices < 1:
         raise UserError(f"--hardware {hardware} needs the number of devices: `--devices 8`")
     device = known[hardware]
+    if device.largest is not None and devices > device.largest:
+        raise UserError(
+            f"--devices {devices}: the largest slice of {hardware} has {device.largest}; plan for one slice, "
+            "beside which others are replicas over the `data` axis"
+        )
     torus = _torus(devices, 3 if hardware in ("v4", "v5p", "v7x") else 2) if device.node is None else None
     return Target(f"{hardware} x {devices}", device.platform, devices, device, None, torus)
 

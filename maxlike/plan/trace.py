@@ -25,7 +25,8 @@ class Product:
     """One matrix product of a traced program: `batch` products of [rows, inner] by [inner, columns].
 
     times: executions, the lengths of all scans around it multiplied. sizes: all dimensions of its three arrays, by
-    which those that a mesh cuts are known. bytes: of left, right and result, one execution.
+    which those that a mesh cuts are known. bytes: of left, right and result, one execution. dtype: of what is
+    multiplied.
     """
 
     times: int
@@ -35,6 +36,7 @@ class Product:
     columns: int
     sizes: frozenset[int]
     bytes: tuple[int, int, int]
+    dtype: str
 
     @property
     def flops(self) -> float:
@@ -48,7 +50,8 @@ class Work:
 
     flops: of one row, all executions. dims: rows, inner, columns of one product. sizes: all dimensions, by which those
     that a mesh cuts are known. batched: whether it is a stack of products, as in attention. times: executions. a_row,
-    fixed: bytes of left, right and result in one execution, for each row and whatever the rows.
+    fixed: bytes of left, right and result in one execution, for each row and whatever the rows. dtype: of what is
+    multiplied: "float8" and "int8" have peaks of their own.
     """
 
     flops: float
@@ -58,6 +61,7 @@ class Work:
     times: int
     a_row: tuple[float, float, float]
     fixed: tuple[float, float, float]
+    dtype: str
 
     @classmethod
     def between(cls, one: Product, two: Product) -> "Work":
@@ -71,6 +75,7 @@ class Work:
             times=one.times,
             a_row=a_row,
             fixed=tuple(a - more for a, more in zip(one.bytes, a_row)),
+            dtype=one.dtype,
         )
 
 
@@ -110,9 +115,19 @@ def products(jaxpr: Any, times: int = 1) -> Iterator[Product]:
                         yield from products(part, inner)
 
 
-def _sizes(equation: Any) -> tuple[frozenset[int], tuple[int, int, int]]:
+def _sizes(equation: Any) -> tuple[frozenset[int], tuple[int, int, int], str]:
     arrays = [v.aval for v in (*equation.invars[:2], equation.outvars[0])]
-    return frozenset(d for a in arrays for d in a.shape), tuple(a.size * a.dtype.itemsize for a in arrays)
+    return (
+        frozenset(d for a in arrays for d in a.shape),
+        tuple(a.size * a.dtype.itemsize for a in arrays),
+        _dtype(arrays),
+    )
+
+
+def _dtype(arrays: list[Any]) -> str:
+    """Of a product: the wider side's, and whatever the layout of the 8 bits of a float."""
+    name = max(arrays[:2], key=lambda a: a.dtype.itemsize).dtype.name
+    return "float8" if name.startswith("float8") else name
 
 
 def _product(equation: Any, times: int) -> Product:

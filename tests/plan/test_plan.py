@@ -253,6 +253,7 @@ def test_the_job_writes_what_it_prints(toy, tmp_path, capsys):
         ({"hardware": "h300", "devices": 8}, "not known; did you mean|is not known"),
         ({"hardware": "h100"}, "needs the number of devices"),
         ({"hardware": "h100", "devices": 3}, "divide"),
+        ({"hardware": "v6e", "devices": 512}, "the largest slice of v6e has 256"),
         ({"hardware": "h100", "devices": 8, "tokens": -1.0}, "must be positive"),
     ],
 )
