@@ -22,8 +22,8 @@ class Start:
     parameters, active: counts; active is what one token uses (less than all with experts).
     flops_per_token: training FLOPs by the convention of `maxlike.mfu`. mesh: {axis: size}. batch_tokens: tokens a step.
     memory: predicted bytes a device, or None where the compiler does not tell. device_kind, devices: what is in use;
-    idle: further devices, which the mesh leaves out. cache: of decoding, one row. kernels: (operation, implementation, reason). sources: (name, tokens, share of the
-    mixture or None).
+    idle: further devices, which the mesh leaves out. cache: of decoding, one row.
+    kernels: (operation, implementation, reason). sources: (name, tokens, share of the mixture or None).
     """
 
     parameters: int

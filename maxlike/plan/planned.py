@@ -3,7 +3,6 @@
 import dataclasses
 
 from maxlike.collectives import Collective
-from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.plan import estimate, layouts, memory, traffic
 from maxlike.plan.compiled import Compiled, DoesNotFit, compile_step
@@ -83,7 +82,7 @@ def analytic(experiment: Experiment, target: Target, traced: Trace, at: "Placed 
     """A plan by formula alone. at: the layout's part of it, where another plan on the same mesh has it.
     Raises UserError for a mesh that does not fit the experiment."""
     at = Placed.of(experiment, target.count) if at is None else at
-    _check(experiment, at.shares)
+    at.shares.layout.check_rows(experiment.batch_size // experiment.step.micro_batches)
     remat = stacks(experiment.bare())[0].remat
     predicted = memory.predict(experiment, at.state, at.shares, traced, target.platform, remat)
     found = tuple(traffic.predict(experiment, at.shares, traced, target.platform, remat))
@@ -109,15 +108,6 @@ def _timed(plan: Plan, found: tuple[Collective, ...]) -> Plan:
         return dataclasses.replace(plan, collectives=found)
     time = estimate.predict(plan.experiment, plan.shares, plan.trace, plan.memory, found, device, plan.target.torus)
     return dataclasses.replace(plan, collectives=found, time=time)
-
-
-def _check(experiment: Experiment, shares: layouts.Shares) -> None:
-    rows = experiment.batch_size // experiment.step.micro_batches
-    if rows % shares.batch:
-        raise UserError(
-            f"a micro-batch of {rows} rows (Experiment.batch_size / Step.micro_batches) does not divide over the "
-            f"{shares.batch} devices of {' x '.join(shares.batch_axes)}: change one of the three"
-        )
 
 
 def compile_plan(plan: Plan) -> Plan:
