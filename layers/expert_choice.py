@@ -20,8 +20,11 @@ class ExpertChoice(nnx.Module, ReadsFuture):
     balance without a loss; a token visits between none and all experts.
 
     s = softmax over experts of x W in float32; y = sum of s * expert(x) over the experts that took the token, plus the
-    shared feed-forward. x and y: [B, T, D]. aux: "unserved", share of the tokens that no expert took; "entropy" of the
-    router in nats. Padding is never taken.
+    shared feed-forward. x and y: [B, T, D]. Padding is never taken. aux, float32 scalars: "unserved", share of the
+    tokens that no expert took; "load", largest over mean number of tokens of an expert (all alike but in rows with less
+    tokens than places); "dropped", share of the choices that were not computed, 0 here: the choices are the experts';
+    "entropy" of the router in nats; "ffn_experts", experts that a token visits on average; "flops_per_token", forward
+    matrix products as routed.
 
     Whether a token is taken depends on the tokens after it. That leaks the future into next-token training and cannot
     be had while decoding, so it must be asked for: it suits encoders.
@@ -80,7 +83,7 @@ class ExpertChoice(nnx.Module, ReadsFuture):
         else:
             y_BTD = serve_tokens(self.experts, x_BTD, taken_BET.swapaxes(1, 2), score_BTE)
         y_BTD = y_BTD.astype(x_BTD.dtype)
-        aux = self._telemetry(score_BTE, jnp.sum(taken_BET, 1), real_BT)
+        aux = self._telemetry(score_BTE, taken_BET, real_BT)
         if self.shared is not None:
             shared_BTD, shared_aux = self.shared(x_BTD, ctx)
             y_BTD = y_BTD + shared_BTD
@@ -90,19 +93,29 @@ class ExpertChoice(nnx.Module, ReadsFuture):
     def _capacity(self, length: int) -> int:
         return max(min(math.ceil(length * self.capacity_factor / self.experts.count - 1e-9), length), 1)
 
-    def _telemetry(self, score_BTE, visits_BT, real_BT):
+    def _telemetry(self, score_BTE, taken_BET, real_BT):
         tokens = jnp.maximum(jnp.sum(real_BT), 1)
+        visits_BT, load_E = jnp.sum(taken_BET, 1), jnp.sum(taken_BET, (0, 2)).astype(jnp.float32)
+        visits = jnp.sum(load_E) / tokens
         entropy_BT = -jnp.sum(jax.scipy.special.xlogy(score_BTE, score_BTE), -1)
         aux = {
             "unserved": jnp.sum(real_BT & (visits_BT == 0)) / tokens,
+            "load": jnp.max(load_E) / jnp.maximum(jnp.mean(load_E), 1.0),
+            "dropped": jnp.zeros(()),
             "entropy": jnp.sum(jnp.where(real_BT, entropy_BT, 0.0)) / tokens,
+            "ffn_experts": visits,
+            "flops_per_token": self._flops_around(real_BT.shape[1]) + visits * self.experts.flops_per_row,
         }
         return {name: jax.lax.stop_gradient(value) for name, value in aux.items()}
 
     def idle_parameters(self) -> float:
         return self.experts.idle_parameters(self.capacity_factor)
 
-    def flops_per_token(self, length: int) -> float:
+    def _flops_around(self, length: int) -> float:
+        """Of the router and the shared feed-forward."""
         shared = 0.0 if self.shared is None else self.shared.flops_per_token(length)
+        return 2.0 * self.experts.dim * self.experts.count + shared
+
+    def flops_per_token(self, length: int) -> float:
         visited = self._capacity(length) * self.experts.count / length
-        return 2.0 * self.experts.dim * self.experts.count + visited * self.experts.flops_per_row + shared
+        return self._flops_around(length) + visited * self.experts.flops_per_row

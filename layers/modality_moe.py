@@ -22,13 +22,15 @@ class Routed:
     """What a group did to the tokens [S, N] of S routing scopes.
 
     y_SND: float32, 0 for tokens that no expert took. times_SN: how many experts took each. load_E: tokens an expert
-    took. wanted: choices that the router made, buffers left aside. agreement: of the auxiliary router with the router.
+    took. wanted: choices that the router made, buffers left aside. entropy: of its scores as shares of their sum, in
+    nats, summed over its tokens. agreement: of the auxiliary router with the router.
     """
 
     y_SND: jax.Array
     times_SN: jax.Array
     load_E: jax.Array
     wanted: jax.Array
+    entropy: jax.Array
     agreement: dict[str, jax.Array]
 
 
@@ -61,6 +63,11 @@ class ExpertGroup(nnx.Module):
     def _gate(self, logits: jax.Array) -> jax.Array:
         return jnp.ones_like(logits) if self.router is None else jax.nn.sigmoid(logits)
 
+    def _entropy(self, gate_SNE: jax.Array, member_SN: jax.Array) -> jax.Array:
+        share_SNE = gate_SNE / (jnp.sum(gate_SNE, -1, keepdims=True) + 1e-20)
+        entropy_SN = -jnp.sum(jax.scipy.special.xlogy(share_SNE, share_SNE), -1)
+        return jnp.sum(jnp.where(member_SN, entropy_SN, 0.0))
+
     def by_choice(self, x_SND: jax.Array, member_SN: jax.Array, noise: jax.Array | None, rows: int) -> Routed:
         """Each expert takes the best share of its modality's tokens in each scope; `noise` is a key or None, `rows` how
         many rows the scopes have come from."""
@@ -87,7 +94,8 @@ class ExpertGroup(nnx.Module):
             foretold_SEN = jnp.swapaxes(self.auxiliary(x_SND), 1, 2)
             told = agreement(foretold_SEN, chosen_SEN, jnp.broadcast_to(member_SN[:, None], chosen_SEN.shape))
         load_E = jnp.sum(taken_SEC, (0, 2))
-        return Routed(y_SND, jnp.sum(chosen_SEN, 1), load_E, self.count * jnp.sum(wanted_S), told)
+        entropy, wanted = self._entropy(gate_SNE, member_SN), self.count * jnp.sum(wanted_S)
+        return Routed(y_SND, jnp.sum(chosen_SEN, 1), load_E, wanted, entropy, told)
 
     def _by_token(self, x_SND, chosen_SNE, weight_SNE, rows: int) -> jax.Array:
         of_rows = (jnp.reshape(z, (rows, -1, z.shape[2])) for z in (x_SND, chosen_SNE, weight_SNE))
@@ -104,7 +112,8 @@ class ExpertGroup(nnx.Module):
         fires_SNE = member_SN[..., None]
         if self.auxiliary is not None:
             fires_SNE = fires_SNE & (self.auxiliary(x_SND) > 0)
-        weight_SNE = jnp.where(fires_SNE, self._gate(self._logits(x_SND)), 0.0)
+        gate_SNE = self._gate(self._logits(x_SND))
+        weight_SNE = jnp.where(fires_SNE, gate_SNE, 0.0)
         if sparse or spread():
             y_SND = serve_tokens(self.experts, x_SND, fires_SNE, weight_SNE)
         else:
@@ -112,7 +121,8 @@ class ExpertGroup(nnx.Module):
             y_ESND = jnp.reshape(y_ECD, (self.count, S, N, D)).astype(jnp.float32)
             y_SND = jnp.einsum("esnd,sne->snd", y_ESND, weight_SNE)
         load_E = jnp.sum(fires_SNE, (0, 1))
-        return Routed(y_SND, jnp.sum(fires_SNE, 2), load_E, jnp.sum(load_E), {})
+        entropy = self._entropy(gate_SNE, member_SN)
+        return Routed(y_SND, jnp.sum(fires_SNE, 2), load_E, jnp.sum(load_E), entropy, {})
 
 
 class ModalityMoE(nnx.Module, ReadsFuture):
@@ -144,8 +154,10 @@ class ModalityMoE(nnx.Module, ReadsFuture):
             good for a decoder; "auxiliary" as decoding does.
     Decoding has no tokens to compare with: a token goes to the experts whose auxiliary router fires, with the main
     router's weight. aux: unselected (share of tokens that no expert took), dropped (share of choices lost to
-    capacity_bound), max_load (most tokens of an expert over its group's mean), and where auxiliary routers are compared
-    with the choice, without noise, auxiliary_bce, auxiliary_accuracy, auxiliary_recall.
+    capacity_bound), max_load (most tokens of an expert over its group's mean), entropy (of a token's scores as shares
+    of their sum, nats), ffn_experts (experts that a token visits on average), flops_per_token (forward matrix products
+    as routed, of routers and experts), and where auxiliary routers are compared with the choice, without noise,
+    auxiliary_bce, auxiliary_accuracy, auxiliary_recall.
     Refuses an empty group, capacities outside their ranges, several groups without modality ids, another number of
     modalities than groups, and decoding without auxiliary routers.
     """
@@ -240,7 +252,9 @@ class ModalityMoE(nnx.Module, ReadsFuture):
                 noise = jax.random.fold_in(ctx.key, index) if noisy else None
                 results.append(group.by_choice(x_SND, member_SN, noise, B))
         y_BTD = jnp.reshape(sum(result.y_SND for result in results), (B, T, D)).astype(x_BTD.dtype)
-        return axes.constrain(y_BTD, "batch", "residual_length", "act_embed"), _metrics(results, members)
+        metrics = _metrics(results, members)
+        metrics["flops_per_token"] = self.router_flops + metrics["ffn_experts"] * self.groups[0].experts.flops_per_row
+        return axes.constrain(y_BTD, "batch", "residual_length", "act_embed"), metrics
 
     def flops_per_token(self, length: int) -> float:
         """The experts that tokens get on average (modalities counted alike, should their capacities differ), and every
@@ -284,6 +298,8 @@ def _metrics(results: list[Routed], members: list[jax.Array]) -> dict[str, jax.A
         "unselected": jnp.sum(real_SN & (times_SN == 0)) / jnp.maximum(jnp.sum(real_SN), 1),
         "dropped": (wanted - taken) / jnp.maximum(wanted, 1),
         "max_load": jnp.max(jnp.stack(loads)),
+        "entropy": jax.lax.stop_gradient(sum(result.entropy for result in results)) / jnp.maximum(jnp.sum(real_SN), 1),
+        "ffn_experts": taken / jnp.maximum(jnp.sum(real_SN), 1),
     }
     # Groups count alike, but for those whose modality does not occur.
     told = [(result.agreement, jnp.any(member_SN)) for result, member_SN in zip(results, members) if result.agreement]

@@ -86,6 +86,18 @@ def test_equals_a_loop_over_experts(knobs):
     unselected = (counts == 0)[rows(SEGMENTS) > 0].mean()
     assert float(aux["unselected"]) == pytest.approx(unselected) and float(aux["dropped"]) == 0
     assert float(aux["max_load"]) == pytest.approx(1)
+    visited, real = counts.sum() / (SEGMENTS > 0).sum(), SEGMENTS > 0
+    assert float(aux["ffn_experts"]) == pytest.approx(visited)
+    routers = 2 * D * sum(count for count in knobs["groups"] if count > 1)
+    assert float(aux["flops_per_token"]) == pytest.approx(routers + visited * 6 * D * W)
+    entropy_BT = np.zeros((B, T))
+    for m, group in enumerate(loops(params)):
+        if "router" in group:
+            share = sigmoid(X @ group["router"])
+            share = share / share.sum(-1, keepdims=True)
+            own = (m == MODALITY) | (len(knobs["groups"]) == 1)
+            entropy_BT += np.where(own, -(share * np.log(share)).sum(-1), 0)
+    assert float(aux["entropy"]) == pytest.approx(entropy_BT[real].mean(), rel=1e-4, abs=1e-6)
 
 
 def test_one_expert_each_is_two_dense_networks_chosen_by_modality():

@@ -229,6 +229,10 @@ def test_expert_choice_equals_a_loop_over_experts():
     assert visits.sum() == 2 * 3 * 3
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_allclose(aux["unserved"], ((visits == 0) & np.asarray(real_BT)).sum() / 12)
+    assert float(aux["load"]) == 1 and float(aux["dropped"]) == 0
+    np.testing.assert_allclose(aux["ffn_experts"], visits.sum() / 12, rtol=1e-6)
+    routed = 2 * 8 * 3 + visits.sum() / 12 * 6 * 8 * 4 + 6 * 8 * 4  # router, experts, shared
+    np.testing.assert_allclose(aux["flops_per_token"], routed, rtol=1e-6)
     assert layer.flops_per_token(7) == 2 * 8 * 3 + 9 / 7 * 6 * 8 * 4 + 6 * 8 * 4
 
 
