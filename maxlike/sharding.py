@@ -115,16 +115,16 @@ class Mesh:
         sizes = self.sizes(len(devices))
         needed = math.prod(sizes.values())
         types, devices = (AxisType.Auto,) * len(sizes), devices[:needed]
-        if len(slices(devices)) == 1:
-            mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
-        else:
-            mesh = jax.sharding.Mesh(self.arrange(sizes, devices), tuple(sizes), axis_types=types)
+        mesh = jax.sharding.Mesh(self.arrange(sizes, devices), tuple(sizes), axis_types=types)
         return Layout(mesh, self.rules, self.balance, self.keys)
 
     def arrange(self, sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-        """Devices of several slices as an array with one dimension a mesh axis: slices along `across_slices`, outer,
-        and each slice's own network inside. Raises UserError where slices differ in size or do not divide."""
+        """Devices as an array with one dimension a mesh axis: slices along `across_slices`, outer, and each slice's own
+        network inside. A mesh axis that is no product of the torus's sides (2 x 32 on 8 x 8) shares a side with
+        another. Raises UserError where slices differ in size or do not divide."""
         members = slices(devices)
+        if len(members) == 1:
+            return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
         if len(set(members.values())) > 1:
             raise UserError(f"the slices have different numbers of devices, {members}: a mesh needs them alike")
         outer, left = dict.fromkeys(sizes, 1), len(members)
@@ -137,7 +137,8 @@ class Mesh:
                 f"{len(members)} slices: give one of them a multiple of {len(members)} (`--overlay mesh/hsdp`)"
             )
         inner = [size // outer[axis] for axis, size in sizes.items()]
-        return mesh_utils.create_hybrid_device_mesh(inner, [outer[axis] for axis in sizes], devices)
+        across = [outer[axis] for axis in sizes]
+        return mesh_utils.create_hybrid_device_mesh(inner, across, devices, allow_split_physical_axes=True)
 
 
 @dataclasses.dataclass(frozen=True)

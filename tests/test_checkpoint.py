@@ -389,6 +389,7 @@ store.close()
 """
 
 
+@pytest.mark.large
 def test_sigkill_at_any_stage_of_a_save_leaves_a_good_checkpoint(tmp_path):
     survives = {"writing": 2, "manifest": 2, "removing": 3}
     children = {

@@ -74,9 +74,8 @@ def close(got, expected):
     jax.tree.map(compare, got, expected)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name.endswith("transformer") else pytest.mark.large) for name in FAMILIES]
-)
+@pytest.mark.large
+@pytest.mark.parametrize("name", FAMILIES)
 def test_five_steps_equal_one_device(name):
     losses, moments, params, *_ = trained(load(name, {"data": 1}))
     cut_losses, cut_moments, cut_params, taken, step, mesh = trained(load(name, CUT))

@@ -153,6 +153,7 @@ def test_another_width_is_a_table_and_a_pattern_of_several_blocks_needs_its_laye
     assert np.all(np.asarray(params["stack"]["periods"]["1"]["w"]) == 1)
 
 
+@pytest.mark.large
 def test_the_passport_grows_from_run_to_run_and_is_shown(tmp_path, capsys):
     """A run of two layers -> one of four, trained -> whatever begins from that."""
     first = save(tmp_path / "first", params_of(2), config="steps = 9", code="1.0")

@@ -77,6 +77,7 @@ OWN_JOB = [name for name, path in catalog.names("experiment").items() if "\nincl
 COMPARISONS = [name for name in OWN_JOB if name.startswith("papers/")]
 PLAIN = [name for name in catalog.names("experiment") if name not in OWN_JOB and not name.startswith("papers/")]
 TRAINED = [name for name in PLAIN if name in TINY or not (name.startswith("published/") or name in CONTINUED)]
+QUICK = {"quickstart", "image_tokenizer", "families/transformer", "families/linear_attention"}
 MESH = {"published/moma_1_4b": "mesh/fsdp"}  # experts of the published width, 5461, do not divide over two devices
 SMALL = [
     "vocab = 2048",
@@ -120,7 +121,9 @@ def test_parameter_table(name, request):
     golden(f"{name}.params.txt", parameter_table(experiment), request.config.getoption("--update-goldens"))
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.large) for name in TRAINED]
+)
 def test_tiny_twin_trains_to_golden_losses(name, request):
     overlays = OVERLAYS.get(name, ["austen", "cpu"])
     small = SMALL_PICTURES if name == "image_tokenizer" else SMALL

@@ -199,6 +199,7 @@ def test_a_plain_codebook_collapses_and_running_means_do_not(tmp_path):
     assert used["VQEMA"]["loss"] < used["VQ"]["loss"]
 
 
+@pytest.mark.large
 def test_a_running_codebook_is_the_same_on_eight_devices(tmp_path):
     path = with_quantizer(tmp_path, "VQEMA", "size = 32", "dim = 4")
     seen = {}

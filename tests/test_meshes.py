@@ -96,7 +96,11 @@ MESHES = {
         ("micro_batches = 2", "sharding.Mesh.shape = {'stage': 2, 'expert': 2, 'tensor': 2}"),
     ),
 }
-FAST = {("transformer", "hsdp_tp"): (), ("transformer", "pipeline"): (), ("moe", "expert_tp"): pytest.mark.large}
+FAST = {
+    ("transformer", "hsdp_tp"): pytest.mark.large,
+    ("transformer", "pipeline"): (),
+    ("moe", "expert_tp"): pytest.mark.large,
+}
 UNLIKE = {(family, mesh) for mesh in MESHES if "pipeline" in mesh for family in ("mamba_hybrid", "moma")}
 UNLIKE |= {(family, mesh) for mesh in MESHES if "pipeline" not in mesh for family in PIPED}
 # Four runs of layers need four periods.

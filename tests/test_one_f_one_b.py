@@ -79,7 +79,7 @@ def sums(step, model, state, batch, layout=None, objective=None):
     ("name", "shape", "B", "M", "dtype"),
     [
         ("tied", {"stage": 4, "data": 2}, 16, 2, "float32"),  # M < S
-        ("tied", {"stage": 2}, 12, 6, "bfloat16"),
+        pytest.param("tied", {"stage": 2}, 12, 6, "bfloat16", marks=pytest.mark.large),
         pytest.param(  # M no multiple of S
             "untied, blocks outside", {"stage": 2, "fsdp": 2, "tensor": 2}, 12, 3, "float32", marks=pytest.mark.large
         ),

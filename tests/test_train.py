@@ -76,6 +76,7 @@ def test_resumed_equals_straight(straight, tmp_path, workers):
     assert stopped_and_resumed(tmp_path, [3, 7], workers=workers) == tiny.losses(straight)
 
 
+@pytest.mark.large
 def test_resumed_equals_straight_on_eight_devices(straight, tmp_path):
     overlays = ("mesh/fsdp_tp",)
     train(tiny.load(overlays=overlays), tmp_path / "straight")

@@ -17,6 +17,7 @@ from maxlike.program import Program
 from tests import tiny
 
 
+@pytest.mark.large
 def test_measured_once_and_shown_again(tmp_path, capsys):
     def counted(experiment, program, state):
         calls.append(int(state["step"]))

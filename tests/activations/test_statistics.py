@@ -188,6 +188,7 @@ def test_tokens_alone_have_no_context(measured):
     assert alone["single_token_kurtosis/each"][2] != pytest.approx(values["kurtosis/each"][2], rel=1e-2)
 
 
+@pytest.mark.large
 def test_are_the_same_on_a_mesh():
     whole_rows = "attention.Attention.window = None"  # so that devices hold the tokens of a row out of order
     one, many = load(whole_rows), load(whole_rows, "sharding.Mesh.shape = {'fsdp': 2, 'context': 4}", overlays=MESH)

@@ -29,6 +29,7 @@ def test_train(tmp_path):
     assert len(json.loads(path.read_text())["quantities"][1]["values"]) == 6
 
 
+@pytest.mark.large
 def test_loop(tmp_path):
     (path,) = bench.bench(tiny.load(), name="loop", repeats=1, steps=6, out=str(tmp_path))
     assert 0 <= quantities(path)["waiting for input"] <= 100

@@ -163,7 +163,13 @@ BUGS = [
 
 
 # These compile for half a minute each.
-SLOW = {packing_leak, aux_loss_lost_in_scan, double_counted_loss_under_accumulation, wrong_expert_bias_sign}
+SLOW = {
+    packing_leak,
+    segment_ids_as_loss_weights,
+    aux_loss_lost_in_scan,
+    double_counted_loss_under_accumulation,
+    wrong_expert_bias_sign,
+}
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def no_pictures_of_runs(monkeypatch):
     monkeypatch.setattr(log, "write_report", lambda *_, **__: None)
 
 
+@pytest.mark.large
 def test_shards_make_it_together_and_the_last_judges(name, tmp_path, capsys, monkeypatch):
     assert compare(toy.load(name), tmp_path, shard="1/2") is None
     assert "verdict comes with the last" in capsys.readouterr().out

@@ -34,6 +34,7 @@ def main(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.large
 def test_import_train_export(main, tmp_path):
     """The weights come back bit for bit, with their tokenizer and what config.json said besides; training starts from
     them."""

@@ -42,6 +42,7 @@ def hidden(model, route=lambda model: None):
     return np.asarray(jax.jit(lambda tokens: model(tokens, Context.of(tokens)).hidden_BTD)(TOKENS))
 
 
+@pytest.mark.large
 def test_a_network_is_routed_as_asked_whatever_its_own_evaluation_and_room():
     """Bounds of 0.2 drop most choices; they are of training, and evaluation makes them all."""
     tight, roomy = network(capacity_bound=(0.2, 0.2)), network()

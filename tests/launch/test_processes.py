@@ -65,6 +65,7 @@ def assert_same(broken: pathlib.Path, straight: pathlib.Path, rtol: float) -> No
     np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=rtol)
 
 
+@pytest.mark.large
 def test_a_killed_process_is_named_and_the_run_goes_on_elsewhere(tmp_path):
     run = tmp_path / "run"
     processes = start(run, 2, *LONG, "sharding.Mesh.shape = {'data': 2}")

@@ -260,6 +260,7 @@ def test_a_bounded_exchange_drops_what_finds_no_room_and_counts_it():
     assert np.abs(y_BTD - whole_BTD)[lost_BT > 0].max(-1).min() > 1e-4
 
 
+@pytest.mark.large
 def test_a_mixture_works_inside_a_stage_of_a_pipeline():
     graph, params, _ = mixture("dropless")
     stages = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)

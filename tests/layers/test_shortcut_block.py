@@ -83,6 +83,7 @@ def test_decoding_equals_the_whole_row():
     np.testing.assert_allclose(jnp.concatenate(out, 1), whole, atol=1e-5)
 
 
+@pytest.mark.large
 def test_bias_learns_in_every_layer_of_a_stack_however_it_runs():
     """The counts of each layer reach the rule of that layer once, through scan and recomputation."""
     statistics, losses = {}, {}

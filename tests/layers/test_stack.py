@@ -86,6 +86,7 @@ def test_layers_know_their_index_and_have_their_own_noise():
     assert aux["loss"].shape == (4,)
 
 
+@pytest.mark.large
 def test_remat_keeps_less():
     x_BTD = jax.ShapeDtypeStruct((2, 64, D), jnp.float32)
 

@@ -53,6 +53,7 @@ def batch(seed):
     }
 
 
+@pytest.mark.large
 def test_only_auxiliary_routers_learn_and_they_foretell_the_choice():
     graph, params, _ = random_module(build(AuxiliaryRouter, "auxiliary"))
     _, abstract = jax.eval_shape(lambda: nnx.split(build(AuxiliaryRouter, "auxiliary")(nnx.Rngs(params=0))))

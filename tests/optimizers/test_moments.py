@@ -47,6 +47,7 @@ def test_bfloat16_moments_are_half_as_large_and_train_alike(plain):
     assert any((a != b).any() for a, b in zip(arrays(state), arrays(plain[2])))
 
 
+@pytest.mark.large
 def test_moments_in_the_hosts_memory_change_nothing(plain, tmp_path):
     program, losses, state = train(overlays=("memory/offload_optimizer",))
     np.testing.assert_array_equal(losses, plain[1])

@@ -107,6 +107,7 @@ def test_half_of_the_tokens_are_pictures_and_both_modalities_find_room():
     assert abs(np.mean(shares) - 0.5) < 0.02 and max(shares) < 0.6 and min(shares) > 0.4
 
 
+@pytest.mark.large
 def test_experts_then_their_auxiliary_routers(tmp_path):
     """The second leaves the network of the first as it is; together they write what the rule and the table name."""
     arms = {}

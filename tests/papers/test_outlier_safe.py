@@ -158,6 +158,7 @@ def test_checks(arms):
     assert type(look.seen[0].bare().embed) is Embed
 
 
+@pytest.mark.large
 def test_a_trained_arm_is_measured_and_exported_as_a_llama(tmp_path, capsys):
     experiment = config.load("papers/outlier_safe/osp", bindings=[*TINY, *QUICK])
     train(experiment, tmp_path / "run")

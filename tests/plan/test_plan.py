@@ -124,6 +124,7 @@ def analytic(name: str, hardware: str, devices: int, *bindings: str, overlays: t
     return planned.analytic(experiment, target, trace(experiment, target.platform))
 
 
+@pytest.mark.large
 def test_llama_8b_on_8_h100_is_as_fast_as_published():
     """torchtitan: 33.7 % MFU plain, 39.0 % compiled, with selective recomputation and attention not halved."""
     made = analytic("llama_8b", "h100", 8, "stack.Stack.remat = 'matmul_half'", "step.Step.micro_batches = 4")

@@ -39,6 +39,7 @@ def trained(tmp_path_factory):
     return experiment, run
 
 
+@pytest.mark.large
 def test_a_quantized_run_is_used_like_any_other(trained, capsys):
     experiment, run = trained
     cost = quantize(experiment, run, bits=4, group=8, batches=3)

@@ -71,6 +71,7 @@ def rotated_offline(flat, depth, bits):
     return {path: jnp.asarray(made.get(path, leaf), jnp.float32) for path, leaf in flat.items()}
 
 
+@pytest.mark.large
 def test_quarot_is_the_network_whose_parameters_were_rotated(subject):
     experiment, _, state, batch = subject
     batch = {name: jnp.asarray(x[:2]) for name, x in batch.items()}

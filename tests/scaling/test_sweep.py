@@ -48,6 +48,7 @@ def load(base, tmp_path, knobs, *bindings):
     return config.load(str(path), kind=Noun, bindings=list(bindings))
 
 
+@pytest.mark.large
 def test_a_sweep_runs_every_point_once_and_records_all_metrics(base, tmp_path, capsys, monkeypatch):
     sweep = load(base, tmp_path, "{'others/schedules.WSD.lr': (0.001, 0.01)}", "sweep.Sweep.seeds = 2")
     run = tmp_path / "run"
