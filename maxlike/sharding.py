@@ -127,18 +127,25 @@ class Mesh:
             return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
         if len(set(members.values())) > 1:
             raise UserError(f"the slices have different numbers of devices, {members}: a mesh needs them alike")
-        outer, left = dict.fromkeys(sizes, 1), len(members)
-        for axis in self.across_slices:
-            outer[axis] = math.gcd(sizes.get(axis, 1), left)
-            left //= outer[axis]
-        if left > 1:
-            raise UserError(
-                f"Mesh.across_slices={self.across_slices} of Mesh.shape={self.shape} do not divide over "
-                f"{len(members)} slices: give one of them a multiple of {len(members)} (`--overlay mesh/hsdp`)"
-            )
+        outer = self.outer(sizes, len(members))
         inner = [size // outer[axis] for axis, size in sizes.items()]
         across = [outer[axis] for axis in sizes]
         return mesh_utils.create_hybrid_device_mesh(inner, across, devices, allow_split_physical_axes=True)
+
+    def outer(self, sizes: dict[str, int], slices: int) -> dict[str, int]:
+        """Mesh axis -> over how many slices it goes; inside a slice lie its size over this. Raises UserError where
+        `across_slices` do not divide over the slices."""
+        outer, left = dict.fromkeys(sizes, 1), slices
+        for axis in self.across_slices:
+            if axis in sizes:
+                outer[axis] = math.gcd(sizes[axis], left)
+                left //= outer[axis]
+        if left > 1:
+            raise UserError(
+                f"Mesh.across_slices={self.across_slices} of Mesh.shape={self.shape} do not divide over "
+                f"{slices} slices: give one of them a multiple of {slices} (`--overlay mesh/hsdp`)"
+            )
+        return outer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,9 +38,18 @@ NETS = {
 }
 FAST = ("hsdp_tp", "fsdp_context", "expert_fsdp")
 SLOW = ("data", "fsdp", "hsdp", "tensor", "expert", "pipeline", "pipeline_fsdp", "pipeline_1f1b")
+OVERLAYS = (*FAST, *SLOW)
 MESHES = [*FAST, *(pytest.param(mesh, marks=pytest.mark.meshes) for mesh in SLOW)]
 # What the formula leaves out: gradients of gains, norms of gradients, metrics. Of all bytes sent.
 SMALL = 0.005
+
+
+def bindings_of(mesh: str) -> list[str]:
+    """What makes the network of an overlay out of its family."""
+    net, bindings = NETS.get(mesh, NET), [*BINDINGS, *([SHAPES[mesh]] if mesh in SHAPES else [])]
+    if net.E:
+        bindings += [f"experts.Experts.count = {net.E}", f"expert_width = {net.W}", f"routers.TopK.top_k = {net.J}"]
+    return bindings
 
 
 def table(found, counts, expected, total) -> str:
@@ -57,9 +66,7 @@ def table(found, counts, expected, total) -> str:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_step_sends_what_the_formula_says(mesh, request):
-    net, bindings = NETS.get(mesh, NET), [*BINDINGS, *([SHAPES[mesh]] if mesh in SHAPES else [])]
-    if net.E:
-        bindings += [f"experts.Experts.count = {net.E}", f"expert_width = {net.W}", f"routers.TopK.top_k = {net.J}"]
+    net, bindings = NETS.get(mesh, NET), bindings_of(mesh)
     family = "families/moe" if net.E else "families/transformer"
     experiment = config.load(family, overlays=[f"mesh/{mesh}"], bindings=bindings)
     program = Program.of(experiment, experiment.mesh.open())

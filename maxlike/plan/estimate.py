@@ -78,10 +78,10 @@ def predict(
     trace: Trace,
     memory: Memory,
     collectives: Sequence[Collective],
-    device: Device,
-    torus: tuple[int, ...] | None,
+    links: "Links",
 ) -> Time:
     """The time of a step on devices of the table."""
+    device = links.device
     micro = experiment.step.micro_batches
     rows = rows_a_device(experiment, shares)
     share = 1 / shares.context
@@ -92,7 +92,7 @@ def predict(
     moved = micro * share * sum(_moved(work, shares, rows, device.platform == "gpu") for work in trace.row)
     state = memory.parameters + memory.optimizer
     moved += 2 * (state + micro * (memory.gradients + memory.kept))
-    network, exposed = exchange(collectives, shares, device, torus, compute)
+    network, exposed = exchange(collectives, links, compute)
     return Time(
         flops=flops(experiment, shares, trace),
         memory_bytes=moved,
@@ -124,37 +124,54 @@ def _moved(work: Work, shares: Shares, rows: float, fused: bool) -> float:
     return work.times * sum(arrays[:2] if fused and work.batched else arrays) / shares.width_parts(work.sizes)
 
 
-def exchange(
-    collectives: Iterable[Collective], shares: Shares, device: Device, torus: tuple[int, ...] | None, compute: float
-) -> tuple[float, float]:
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """How devices are linked. sizes: of the mesh axes, which lie in order: the last axis on the nearest devices. outer:
+    over how many slices each goes, all 1 in one slice. torus: of a slice of TPUs, None for GPUs."""
+
+    device: Device
+    sizes: dict[str, int]
+    outer: dict[str, int]
+    torus: tuple[int, ...] | None
+
+    def seconds(self, axes: Sequence[str], sent: float) -> float:
+        """Of a collective in which a device sends so many bytes. Over o slices it works within each slice first; of n
+        devices in all, (o - 1) / (n - 1) of the bytes of a ring are then left for the network between slices."""
+        o, n = (math.prod(sizes[a] for a in axes) for sizes in (self.outer, self.sizes))
+        if o == 1:
+            return sent / self.bandwidth(axes)
+        within = sent / self.bandwidth(axes) if n > o else 0.0
+        return within + sent * (o - 1) / (n - 1) / self.device.network
+
+    def bandwidth(self, axes: Sequence[str]) -> float:
+        """Bytes/s that a device sends in a ring along the part of mesh axes inside a slice, in one direction."""
+        sizes = {name: size // self.outer[name] for name, size in self.sizes.items()}
+        names, device = list(sizes), self.device
+        inside = math.prod(sizes[name] for name in names[max(names.index(a) for a in axes) + 1 :])
+        count = math.prod(sizes[a] for a in axes)
+        if self.torus is not None:
+            # A ring through whole dimensions of the torus uses the links of each; a closed one those of both ends.
+            spanned, reached = [], inside
+            for size in reversed(self.torus):
+                if reached >= size:
+                    reached /= size
+                elif math.prod(spanned) < count:
+                    spanned.append(size)
+            ends = [2 if device.wrap and size % device.wrap == 0 else 1 for size in spanned if size > 1]
+            return device.link * max(sum(ends), 1)
+        node = device.node or 1
+        if inside * count <= node:
+            return device.link
+        return min(device.link, device.network * max(node // inside, 1)) if inside < node else device.network
+
+
+def exchange(collectives: Iterable[Collective], links: Links, compute: float) -> tuple[float, float]:
     """(seconds of all collectives, of them what does not hide behind `compute` seconds)."""
     by_axes: dict[tuple[str, ...], float] = {}
     for c in collectives:
-        seconds = c.times * (c.bytes / bandwidth(device, shares.sizes, c.axes, torus) + LATENCY[device.platform])
+        seconds = c.times * (links.seconds(c.axes, c.bytes) + LATENCY[links.device.platform])
         by_axes[c.axes] = by_axes.get(c.axes, 0.0) + seconds
     exposed = 0.0
     for axes, seconds in by_axes.items():
         exposed += max(0.0, seconds - min(OVERLAP[axis] for axis in axes) * compute)
     return sum(by_axes.values()), exposed
-
-
-def bandwidth(device: Device, sizes: dict[str, int], axes: Sequence[str], torus: tuple[int, ...] | None) -> float:
-    """Bytes/s that a device sends in a ring along mesh axes, in one direction. Meshes lie in order: the last axis on
-    the nearest devices."""
-    names = list(sizes)
-    inside = math.prod(sizes[name] for name in names[max(names.index(a) for a in axes) + 1 :])
-    count = math.prod(sizes[a] for a in axes)
-    if torus is not None:
-        # A ring through whole dimensions of the torus uses the links of each; a closed dimension those of both ends.
-        spanned, reached = [], inside
-        for size in reversed(torus):
-            if reached >= size:
-                reached /= size
-            elif math.prod(spanned) < count:
-                spanned.append(size)
-        ends = [2 if device.wrap and size % device.wrap == 0 else 1 for size in spanned if size > 1]
-        return device.link * max(sum(ends), 1)
-    node = device.node or 1
-    if inside * count <= node:
-        return device.link
-    return min(device.link, device.network * max(node // inside, 1)) if inside < node else device.network

@@ -18,6 +18,7 @@ def plan(
     topology: str | None = None,
     hardware: str | None = None,
     devices: int = 0,
+    slices: int = 1,
     search: bool = False,
     top: int = 10,
     tokens: float = 1e12,
@@ -28,13 +29,14 @@ def plan(
 
     topology: compile the step ahead of time for v4, v5e, v5p or v6e slices such as v5e:4x4 (libtpu, no TPU needed),
     cpu:8 (simulated devices) or local (this machine's). hardware, devices: estimate by formula alone, such as h200 and
-    256. search: also rank meshes, remat and micro-batches by predicted tokens/s; top: so many of them. tokens: of the
-    whole run, for its cost. price: dollars a device-hour, None for the list price where one is known. out: where to
-    write the plan as JSON; default: plan.json in the run's directory. A README.md there with marks gets its table.
+    256. slices: of TPUs, so many devices each, with the data-center network between them. search: also rank meshes,
+    remat and micro-batches by predicted tokens/s; top: so many of them. tokens: of the whole run, for its cost. price:
+    dollars a device-hour, None for the list price where one is known. out: where to write the plan as JSON; default:
+    plan.json in the run's directory. A README.md there with marks gets its table.
     """
     if tokens <= 0 or top < 1 or (price is not None and price < 0):
         raise UserError(f"--tokens {tokens} and --top {top} must be positive, and --price {price} not negative")
-    target = targets.find(topology, hardware, devices)
+    target = targets.find(topology, hardware, devices, slices)
     if search:
         ranking.check(target)  # refused before anything is compiled
     traced = trace(experiment, target.platform)

@@ -106,7 +106,10 @@ def _timed(plan: Plan, found: tuple[Collective, ...]) -> Plan:
     device = plan.target.device
     if device is None:
         return dataclasses.replace(plan, collectives=found)
-    time = estimate.predict(plan.experiment, plan.shares, plan.trace, plan.memory, found, device, plan.target.torus)
+    links = estimate.Links(
+        device, plan.shares.sizes, plan.experiment.mesh.outer(plan.shares.sizes, plan.target.slices), plan.target.torus
+    )
+    time = estimate.predict(plan.experiment, plan.shares, plan.trace, plan.memory, found, links)
     return dataclasses.replace(plan, collectives=found, time=time)
 
 

@@ -23,7 +23,8 @@ BOXES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4 and boxes whose sides are mu
 class Target:
     """word: how it was asked for. platform: "cpu", "gpu" or "tpu". count: devices. device: their entry in the table,
     None where their speed is not known. devices: to compile for; None: there are none, and the plan is by formula.
-    torus: how TPUs are linked, and None for others."""
+    torus: how the TPUs of a slice are linked, and None for others. slices: of count / slices devices each, with the
+    slower network between them."""
 
     word: str
     platform: str
@@ -31,10 +32,11 @@ class Target:
     device: mfu.Device | None
     devices: tuple[jax.Device, ...] | None
     torus: tuple[int, ...] | None = None
+    slices: int = 1
 
 
-def find(topology: str | None, hardware: str | None, devices: int) -> Target:
-    """The target of `--topology`, or of `--hardware` and `--devices`.
+def find(topology: str | None, hardware: str | None, devices: int, slices: int = 1) -> Target:
+    """The target of `--topology`, or of `--hardware`, `--devices` and `--slices` of so many devices each.
 
     topology: "v5e:4x4" (v4, v5e, v5p, v6e and the sizes that exist), "cpu:8" or "local". Raises UserError for one that
     is not known, a libtpu that is missing, and where both or neither are given.
@@ -45,7 +47,12 @@ def find(topology: str | None, hardware: str | None, devices: int) -> Target:
             "h200 --devices 256` estimates without compiling"
         )
     if hardware is not None:
-        return _analytic(hardware, devices)
+        return _analytic(hardware, devices, slices)
+    if slices != 1:
+        raise UserError(
+            f"--slices {slices} goes with --hardware and --devices, those of one slice: several slices are estimated, "
+            "not compiled for"
+        )
     if devices:
         raise UserError(f"--devices {devices} goes with --hardware; --topology {topology} says the number itself")
     if topology == "local":
@@ -63,7 +70,7 @@ def find(topology: str | None, hardware: str | None, devices: int) -> Target:
     return _tpu(topology, generation, tuple(int(n) for n in size.split("x")))
 
 
-def _analytic(hardware: str, devices: int) -> Target:
+def _analytic(hardware: str, devices: int, slices: int) -> Target:
     known = {device.name: device for device in mfu.DEVICES}
     if hardware not in known:
         raise UserError(
@@ -74,11 +81,16 @@ def _analytic(hardware: str, devices: int) -> Target:
     device = known[hardware]
     if device.largest is not None and devices > device.largest:
         raise UserError(
-            f"--devices {devices}: the largest slice of {hardware} has {device.largest}; plan for one slice, "
-            "beside which others are replicas over the `data` axis"
+            f"--devices {devices}: the largest slice of {hardware} has {device.largest}; say the devices of one slice "
+            "and how many there are: `--slices 2`"
         )
+    if slices < 1:
+        raise UserError(f"--slices {slices} must be at least 1")
+    if slices > 1 and device.node is not None:
+        raise UserError(f"--slices {slices}: only TPUs come in slices; for {hardware} give --devices alone")
     torus = _torus(devices, 3 if hardware in ("v4", "v5p", "v7x") else 2) if device.node is None else None
-    return Target(f"{hardware} x {devices}", device.platform, devices, device, None, torus)
+    word = f"{hardware} x {devices}" if slices == 1 else f"{slices} slices of {hardware} x {devices}"
+    return Target(word, device.platform, slices * devices, device, None, torus, slices)
 
 
 def _torus(devices: int, dims: int) -> tuple[int, ...]:

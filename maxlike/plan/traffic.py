@@ -85,7 +85,9 @@ class _Job:
         if shares.parts(weight.stored) > 1:
             # Forward and backward, where recomputing shares the second one; once where the first one is kept.
             once = remat == "none" and (of_experts or weight.layers == 1)
-            yield self._make("all-gather", weight.stored, whole, (1 if once else 2) * layers * self.micro, weight.name)
+            # A pipeline computes a stage's forward pass anew, whatever is kept within it.
+            passes = 3 if shares.stage > 1 and weight.layers > 1 else 1 if once else 2
+            yield self._make("all-gather", weight.stored, whole, passes * layers * self.micro, weight.name)
             if of_experts:
                 yield self._make("reduce-scatter", weight.stored, whole, layers * self.micro, weight.name)
             else:
@@ -96,7 +98,7 @@ class _Job:
 
     def _embedding(self, weight: Weight) -> Iterator[Collective]:
         """Tokens travel, not the table (`layers.embed.lookup`): vectors summed over the devices of other ids, exchanged
-        by columns; backward the way back."""
+        by columns; backward the way back. In 1F1B at every tick, from a table that was gathered before."""
         shares = self.shares
         rest = tuple(a for a in shares.batch_axes + shares.length_axes if a not in weight.stored)
         if shares.parts(weight.cut) > 1:
@@ -104,21 +106,28 @@ class _Job:
             yield self._make("all-gather", weight.cut, self.stream, self.micro, weight.name)
         if shares.parts(weight.stored) > 1:
             part = self.stream / shares.parts(weight.cut)
+            if shares.one_f_one_b:
+                part *= shares.stage * self.turns / shares.ticks
+                table = weight.size * self.size / shares.parts(weight.cut)
+                yield self._make("all-gather", weight.stored, table, self.micro, weight.name)
             yield self._make("all-to-all", weight.stored, part, 2 * self.micro, weight.name)
         if shares.parts(rest) > 1:
             table = weight.size * self.size / shares.parts((*weight.stored, *weight.cut))
             yield self._make("all-reduce", rest, table, self.micro, weight.name)
 
     def _head(self, weight: Weight) -> Iterator[Collective]:
-        """Gathered for the loss, its float32 gradient summed behind the last chunk of logits."""
+        """Gathered for the loss, its float32 gradient summed behind the last chunk of logits; in 1F1B on each stage for
+        each micro-batch, and then over the stages."""
         shares = self.shares
         part = weight.size / shares.parts(weight.cut)
         if shares.parts(weight.stored) > 1:
             times = 1 if self.on_cpu else self.micro
             yield self._make("all-gather", weight.stored, part * self.size, times, weight.name)
-        axes = tuple(dict.fromkeys(shares.batch_axes + shares.length_axes))
+        axes, times = tuple(dict.fromkeys(shares.batch_axes + shares.length_axes)), self.micro
+        if shares.one_f_one_b:
+            axes, times = tuple(axis for axis in axes if axis not in shares.stage_axes), self.micro * shares.ticks
         if shares.parts(axes) > 1:
-            yield self._make("all-reduce", axes, part * 4, self.micro, weight.name)
+            yield self._make("all-reduce", axes, part * 4, times, weight.name)
 
     def branches(self, remat: str) -> Iterator[Collective]:
         """Tensor parallel: a branch reads whole positions and its output is summed; backward the same, once for each
@@ -177,8 +186,12 @@ class _Job:
                 yield self._make("all-reduce", axes, self.stream, times * 2, name)
 
     def stages(self) -> Iterator[Collective]:
-        """Pipeline: each tick the stream of a micro-batch to the next stage, its gradient back."""
+        """Pipeline: each tick the stream of a micro-batch to the next stage, its gradient back. The circular one brings
+        rows to the first stage and from it back to theirs."""
         part = self.stream * self.shares.stage / self.shares.ticks
         if self.shares.sequence_parallel:
             part /= self.shares.tensor
         yield self._make("collective-permute", self.shares.stage_axes, part, 2 * self.micro * self.turns, "stages")
+        if not self.shares.one_f_one_b:
+            rows = 2 * 2 * (self.shares.stage - 1) * self.micro
+            yield self._make("collective-permute", self.shares.stage_axes, self.stream, rows, "rows of the stages")

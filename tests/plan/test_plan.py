@@ -156,17 +156,45 @@ def test_a_trillion_parameters_on_frontier():
     assert planned.analytic(narrow, few, made.trace).fits is False
 
 
+def links(name, sizes, torus=None, **outer):
+    device = next(d for d in DEVICES if d.name == name)
+    return device, estimate.Links(device, sizes, dict.fromkeys(sizes, 1) | outer, torus)
+
+
 def test_bandwidth_is_that_of_the_slowest_link():
-    h100 = next(d for d in DEVICES if d.name == "h100")
-    sizes = {"data": 4, "fsdp": 8, "tensor": 2}
-    assert estimate.bandwidth(h100, sizes, ("tensor",), None) == h100.link
-    assert estimate.bandwidth(h100, sizes, ("fsdp",), None) == 4 * h100.network  # 4 of a node's 8 in each ring
-    assert estimate.bandwidth(h100, sizes, ("data",), None) == h100.network
-    v5p = next(d for d in DEVICES if d.name == "v5p")
-    assert estimate.bandwidth(v5p, {"fsdp": 16, "tensor": 4}, ("tensor",), (4, 4, 4)) == 2 * v5p.link
-    assert estimate.bandwidth(v5p, {"fsdp": 16, "tensor": 4}, ("fsdp",), (4, 4, 4)) == 4 * v5p.link
-    v5e = next(d for d in DEVICES if d.name == "v5e")
-    assert estimate.bandwidth(v5e, {"fsdp": 16}, ("fsdp",), (4, 4)) == 2 * v5e.link  # two lines, not closed to rings
+    h100, of = links("h100", {"data": 4, "fsdp": 8, "tensor": 2})
+    assert of.bandwidth(("tensor",)) == h100.link
+    assert of.bandwidth(("fsdp",)) == 4 * h100.network  # 4 of a node's 8 in each ring
+    assert of.bandwidth(("data",)) == h100.network
+    v5p, of = links("v5p", {"fsdp": 16, "tensor": 4}, (4, 4, 4))
+    assert of.bandwidth(("tensor",)) == 2 * v5p.link
+    assert of.bandwidth(("fsdp",)) == 4 * v5p.link
+    v5e, of = links("v5e", {"fsdp": 16}, (4, 4))
+    assert of.bandwidth(("fsdp",)) == 2 * v5e.link  # two lines, not closed to rings
+
+
+def test_between_slices_bytes_take_the_slower_network():
+    v5e, of = links("v5e", {"data": 2, "fsdp": 16}, (4, 4), data=2)
+    assert of.seconds(("fsdp",), 1e9) == 1e9 / (2 * v5e.link)
+    assert of.seconds(("data",), 1e9) == 1e9 / v5e.network
+    # An all-reduce of A bytes over 32 devices sends 2 A 31/32 in all; the 16 of a slice leave A / 16 to each of them.
+    v5e, of = links("v5e", {"fsdp": 32}, (4, 4), fsdp=2)
+    array = 1e9
+    sent = 2 * array * 31 / 32
+    assert of.seconds(("fsdp",), sent) == pytest.approx(sent / (2 * v5e.link) + 2 * array / 16 / 2 / v5e.network)
+
+
+def test_a_plan_for_slices_prices_the_network_between_them(toy):
+    slices = targets.find(None, "v5e", 4, 2)
+    assert (slices.count, slices.torus, slices.word) == (8, (2, 2), "2 slices of v5e x 4")
+    replicas = with_mesh(toy, {"data": 2, "fsdp": 4})
+    one, two = (
+        planned.analytic(replicas, target, trace(replicas, "tpu")) for target in (targets.find(None, "v5e", 8), slices)
+    )
+    assert by_axis(one.collectives) == by_axis(two.collectives)
+    assert two.time.network > one.time.network and two.time.exposed > one.time.exposed == 0
+    with pytest.raises(UserError, match=r"do not divide over 2 slices.*mesh/hsdp"):
+        planned.analytic(with_mesh(toy, {"tensor": 8}), slices, two.trace)
 
 
 def test_efficiency_grows_with_the_smallest_dimension():
@@ -254,7 +282,10 @@ def test_the_job_writes_what_it_prints(toy, tmp_path, capsys):
         ({"hardware": "h300", "devices": 8}, "not known; did you mean|is not known"),
         ({"hardware": "h100"}, "needs the number of devices"),
         ({"hardware": "h100", "devices": 3}, "divide"),
-        ({"hardware": "v6e", "devices": 512}, "the largest slice of v6e has 256"),
+        ({"hardware": "v6e", "devices": 512}, "the largest slice of v6e has 256.*`--slices 2`"),
+        ({"hardware": "h100", "devices": 8, "slices": 2}, "only TPUs come in slices"),
+        ({"hardware": "v6e", "devices": 8, "slices": 0}, "must be at least 1"),
+        ({"topology": "v5e:2x2", "slices": 2}, "goes with --hardware"),
         ({"hardware": "h100", "devices": 8, "tokens": -1.0}, "must be positive"),
     ],
 )
