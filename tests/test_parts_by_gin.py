@@ -111,6 +111,10 @@ BOUND = {
         "moe.MoE.losses = (@balance.DeviceBalance,); balance.DeviceBalance.groups = 2; "
         "balance.DeviceBalance.target = 2",
     ),
+    "pooled_balance": (
+        SPARSE,
+        "moe.MoE.losses = (@pooled_balance.PooledBalance,); pooled_balance.PooledBalance.coefficient = 1e-3",
+    ),
     "z_loss": (SPARSE, "moe.MoE.losses = (@balance.ZLoss,); balance.ZLoss.coefficient = 1e-3"),
     "capacity": (SPARSE, "moe.MoE.dispatch = @dispatch.Capacity; dispatch.Capacity.priority = 'probability'"),
     "dropless": (SPARSE, "moe.MoE.dispatch = @dispatch.Dropless; dispatch.Dropless.exchange = 'gather'"),

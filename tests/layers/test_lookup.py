@@ -57,5 +57,8 @@ def test_a_table_cut_otherwise_is_left_to_the_compiler():
 
 
 def test_a_length_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="rows of 6 tokens do not divide over the 4 devices of the mesh axes tensor"):
+    with pytest.raises(
+        ValueError,
+        match=r"rows of 6 tokens \(Experiment.sequence_length\) do not divide over the 4 devices of the mesh axes tensor",
+    ):
         on({"tensor": 4}, tokens=TOKENS[:, :6])

@@ -104,7 +104,7 @@ def test_bias_learns_in_every_layer_of_a_stack_however_it_runs():
     np.testing.assert_array_equal(statistics[True], statistics[False])
     np.testing.assert_array_equal(statistics[True].sum(1), B * T * 3)
     np.testing.assert_allclose(losses[True], losses[False], rtol=1e-5)
-    moved = bias.get_metadata("rule")(jnp.zeros((2, E)), statistics[True])
+    moved = bias.get_metadata("rule")(jnp.zeros((2, E)), statistics[True], 0.0)
     assert set(np.unique(moved)) <= {-0.5, 0.0, 0.5} and (moved[0] != moved[1]).any()
 
 
