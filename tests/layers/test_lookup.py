@@ -59,6 +59,6 @@ def test_a_table_cut_otherwise_is_left_to_the_compiler():
 def test_a_length_that_does_not_divide_is_refused():
     with pytest.raises(
         ValueError,
-        match=r"rows of 6 tokens \(Experiment.sequence_length\) do not divide over the 4 devices of the mesh axes tensor",
+        match=r"rows of 6 tokens \(Experiment.sequence_length\) do not divide over the 4 devices of the mesh axes",
     ):
         on({"tensor": 4}, tokens=TOKENS[:, :6])
