@@ -1,9 +1,10 @@
 """How many of a network's parameters one token uses."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import jax
 from flax import nnx
+
+from layers.parts import parts
 
 
 @runtime_checkable
@@ -17,11 +18,5 @@ class Sparse(Protocol):
 
 def active_parameters(network: nnx.Module) -> float:
     """Parameters less those that a token does not use; works on shapes too."""
-    parts = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, Sparse | nnx.Variable))
-    idle = sum(part.idle_parameters() for part in parts if isinstance(part, Sparse))
-    params = [x for x in jax.tree.leaves(network, is_leaf=_is_variable) if isinstance(x, nnx.Param)]
-    return sum(param.size for param in params) - idle
-
-
-def _is_variable(part: Any) -> bool:
-    return isinstance(part, nnx.Variable)
+    idle = sum(part.idle_parameters() for part in parts(network, Sparse))
+    return sum(param.size for param in parts(network, nnx.Param)) - idle

@@ -65,16 +65,22 @@ class Dropless:
         """(y_BTD, dropped): the weighted sum of the chosen experts' outputs; an index that is not in [0, N) names no
         expert. load: share of the tokens that chooses an expert when all are equally used. dropped, float32 scalar:
         choices of experts that were not computed."""
-        bounded = self.room if ctx.train and not ctx.decoding else None
+        bounded = ctx.train and not ctx.decoding
 
         def run(experts: LocalExperts, x_BTD, index_BTJ, weight_BTJ):
             B, T, J = index_BTJ.shape
-            room = B * T * min(J, experts.here)
-            if bounded is not None and experts.parts > 1:
-                room = min(room, math.ceil(bounded * B * T * load * experts.here - 1e-9))
+            room = self.places(B * T, J, load, experts.here, bounded and experts.parts > 1)
             return _by_expert(experts, x_BTD, index_BTJ - experts.first, weight_BTJ, room)
 
         return on_each_device(run, experts, x_BTD, index_BTJ, weight_BTJ, exchange=self.exchange)
+
+    def places(self, tokens: float, choices: int, load: float, here: int, bounded: bool = True) -> float:
+        """Rows for which a device with `here` experts has room, of so many tokens of another device that choose so
+        often; whole where tokens are. bounded: by `room`, else for the worst case."""
+        worst = tokens * min(choices, here)
+        if self.room is None or not bounded:
+            return worst
+        return min(worst, math.ceil(self.room * tokens * load * here - 1e-9))
 
 
 def _by_expert(experts: LocalExperts, x_BTD, index_BTJ, weight_BTJ, room: int) -> Dispatched:

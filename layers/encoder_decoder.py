@@ -14,6 +14,7 @@ from layers.block import RESIDUAL, WHOLE, Aux, Block
 from layers.context import Context, Source
 from layers.embed import Embed, Head, refuse_tied
 from layers.language_model import Output, is_causal, mask_padding
+from layers.parts import parts
 from layers.relative_attention import CrossAttention, RelativeAttention
 from layers.stack import Stack
 
@@ -174,8 +175,7 @@ class Given:
 
 
 def _reads_bias(stack: Stack) -> bool:
-    parts = jax.tree.leaves(stack, is_leaf=lambda part: isinstance(part, RelativeAttention))
-    return any(isinstance(part, RelativeAttention) and part.bias is None for part in parts)
+    return any(part.bias is None for part in parts(stack, RelativeAttention))
 
 
 def _remember(stack: Stack, cache: dict[str, Any], memory_BSD, real_BS, dtype: jnp.dtype) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from layers.attention import Attention
 from layers.block import RESIDUAL, WHOLE, Aux
 from layers.context import Context
 from layers.embed import Embed, Head, refuse_tied
+from layers.parts import parts
 from layers.relative_attention import RelativeAttention
 
 
@@ -169,9 +170,7 @@ class LanguageModel(nnx.Module):
 
 def is_causal(network: Any) -> bool:
     """Whether every attention in a tree of modules is causal; all other mixers are."""
-    kinds = (Attention, RelativeAttention)
-    mixers = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, kinds))
-    return all(mixer.causal for mixer in mixers if isinstance(mixer, kinds))
+    return all(mixer.causal for mixer in parts(network, (Attention, RelativeAttention)))
 
 
 def mask_padding(logits_BTV: jax.Array, vocab: int) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from layers import axes, kernels
 from layers.experts import Experts
 from layers.linear import Linear, Product
+from layers.parts import parts
 from layers.quantized_product import GRADIENT, INPUT, Amaxes, Arithmetic, quantized_product
 
 # Products whose result picks something (a token, an expert): rounding would flip the choice.
@@ -175,10 +176,9 @@ def _left_alone(linear: Linear, knob: str, smallest: int) -> str | None:
 
 
 def _install(network: Any, product: Callable, left_alone: Callable) -> Any:
-    parts = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, (Linear, Experts)))
-    for experts in (part for part in parts if isinstance(part, Experts)):
+    for experts in parts(network, Experts):
         experts.note = ("compute dtype", "experts: there is no grouped product in eight bits")
-    for linear in (part for part in parts if isinstance(part, Linear)):
+    for linear in parts(network, Linear):
         why = left_alone(linear)
         linear.product = product(linear) if why is None else LeftAlone(why)
     return network

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from layers.parts import map_parts
+
 
 @runtime_checkable
 class Merges(Protocol):
@@ -22,11 +24,7 @@ class Merges(Protocol):
 
 def merged(network: Any) -> Any:
     """A network with every part in it merged."""
-
-    def is_part(part: Any) -> bool:
-        return isinstance(part, Merges)
-
-    return jax.tree.map(lambda part: part.merged() if is_part(part) else part, network, is_leaf=is_part)
+    return map_parts(lambda part: part.merged(), network, Merges)
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from layers.attention import Attention
 from layers.auxiliary_router import agreement, router_product
 from layers.block import Aux
 from layers.context import Context, InOrder
+from layers.parts import parts
 from layers.relative_attention import RelativeAttention
 
 
@@ -178,15 +179,13 @@ class MixtureOfDepths(nnx.Module, InOrder):
 
     def idle_parameters(self) -> float:
         """Those of the block that a token does not use, on average over kept and other tokens."""
-        variables = jax.tree.leaves(self.block, is_leaf=lambda part: isinstance(part, nnx.Variable))
-        stored = sum(variable.size for variable in variables if isinstance(variable, nnx.Param))
+        stored = sum(param.size for param in parts(self.block, nnx.Param))
         return stored - self.capacity * active_parameters(self.block)
 
 
 def _refuse_distances(block: nnx.Module) -> None:
-    kinds = (Attention, RelativeAttention)
-    for mixer in jax.tree.leaves(block, is_leaf=lambda part: isinstance(part, kinds)):
-        if isinstance(mixer, RelativeAttention) or (isinstance(mixer, Attention) and mixer.window is not None):
+    for mixer in parts(block, (Attention, RelativeAttention)):
+        if isinstance(mixer, RelativeAttention) or mixer.window is not None:
             what = "RelativeAttention" if isinstance(mixer, RelativeAttention) else f"Attention.window={mixer.window}"
             raise ValueError(
                 f"MixtureOfDepths.block has {what}, which counts a distance that kept tokens do not have among "

@@ -11,6 +11,7 @@ from flax import nnx
 from layers import axes, kernels, taps
 from layers.block import Aux
 from layers.context import Context, CountsLayers, ReadsSource
+from layers.parts import map_parts, parts
 from layers.pooled_balance import pool
 from layers.remat import POLICIES, policy
 
@@ -67,7 +68,7 @@ class Stack(nnx.Module):
         self.prefix = nnx.List([block(dim, rngs=rngs) for block in prefix])
         self.periods = _name_layers(jax.vmap(period)(jax.random.split(rngs.params(), self.repeats)))
         self.suffix = nnx.List([block(dim, rngs=rngs) for block in suffix])
-        for mixer in _parts((self.prefix, self.periods, self.suffix), CountsLayers):
+        for mixer in parts((self.prefix, self.periods, self.suffix), CountsLayers):
             mixer.check_layers(self._last + len(suffix))
 
     def _scanned(self) -> bool:
@@ -155,7 +156,7 @@ class Stack(nnx.Module):
 
         def cache(block, layer: int):
             try:
-                if not source and _parts(block, ReadsSource):
+                if not source and parts(block, ReadsSource):
                     raise ValueError("cross-attention decodes in EncoderDecoder.decoder alone, which has a source")
                 return block.init_cache(batch, length, dtype)
             except ValueError as refusal:
@@ -207,28 +208,14 @@ class Stack(nnx.Module):
         return outside + self.repeats * sum(block.flops_per_token(length) for block in self.periods)
 
 
-def _parts(network: Any, kind: type) -> list[Any]:
-    """The modules of a kind in a tree of modules."""
-    leaves = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, kind))
-    return [part for part in leaves if isinstance(part, kind)]
-
-
 def unroll(network: Any) -> Any:
     """A network with every Stack in it `unrolled`."""
-
-    return _map_stacks(Stack.unrolled, network)
+    return map_parts(Stack.unrolled, network, Stack)
 
 
 def lay_bare(network: Any) -> Any:
     """A network with every Stack in it `bare`: for `layers.taps`."""
-    return _map_stacks(Stack.bare, network)
-
-
-def _map_stacks(function: Callable[[Stack], Stack], network: Any) -> Any:
-    def is_stack(part: Any) -> bool:
-        return isinstance(part, Stack)
-
-    return jax.tree.map(lambda part: function(part) if is_stack(part) else part, network, is_leaf=is_stack)
+    return map_parts(Stack.bare, network, Stack)
 
 
 def _name_layers(stacked):

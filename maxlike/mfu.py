@@ -55,7 +55,7 @@ _GiB = 2.0**30
 DEVICES = (
     Device("v4", r"TPU v4", "tpu", 275e12, 31.75 * _GiB, 1228e9, 45e9, None, 6.25e9, 4, 3.22, 4096),
     Device(
-        "v5e", r"TPU (v5 lite|v5e)", "tpu", 197e12, 15.75 * _GiB, 819e9, 45e9, None, 3.1e9, 16, 1.20, 256, int8=394e12
+        "v5e", r"TPU (v5 lite|v5e)", "tpu", 197e12, 15.75 * _GiB, 819e9, 45e9, None, 3.1e9, 16, 1.20, 256, int8=393e12
     ),
     Device("v5p", r"TPU (v5|v5p)", "tpu", 459e12, 95.74 * _GiB, 2765e9, 90e9, None, 6.25e9, 4, 4.20, 8960, int8=918e12),
     Device(
@@ -123,15 +123,18 @@ DEVICES = (
     Device("h200", r"NVIDIA H200", "gpu", 989e12, 141e9, 4800e9, 450e9, 8, 50e9, float8=1979e12, int8=1979e12),
     Device("b200", r"NVIDIA B200", "gpu", 2250e12, 180e9, 8000e9, 900e9, 8, 50e9, float8=4500e12, int8=4500e12),
     # One of the two dies of an MI250X is a device; 4 x 25 GB/s leave a node of 8 (arXiv 2312.12705).
-    Device("mi250x", r"AMD Instinct MI250X", "gpu", 191.5e12, 64e9, 1638e9, 50e9, 8, 12.5e9),
-    Device("mi300x", r"AMD Instinct MI300X( OAM)?", "gpu", 1307e12, 192e9, 5300e9, 448e9, 8, 50e9),
+    Device("mi250x", r"AMD Instinct MI250X", "gpu", 191.5e12, 64e9, 1638e9, 50e9, 8, 12.5e9, int8=191.5e12),
+    # Its FP8 is another format (e4m3fnuz), in which nothing is multiplied here.
+    Device("mi300x", r"AMD Instinct MI300X( OAM)?", "gpu", 1307e12, 192e9, 5300e9, 448e9, 8, 50e9, int8=2615e12),
     Device("l4", r"NVIDIA L4", "gpu", 121e12, 24e9, 300e9, 32e9, 8, 12.5e9, float8=242e12, int8=242e12),
     Device("l40s", r"NVIDIA L40S", "gpu", 362e12, 48e9, 864e9, 32e9, 8, 12.5e9, float8=733e12, int8=733e12),
-    Device("rtx_3090", r"NVIDIA GeForce RTX 3090", "gpu", 71e12, 24e9, 936e9, 32e9, 8, 1.25e9),
+    Device("rtx_3090", r"NVIDIA GeForce RTX 3090", "gpu", 71e12, 24e9, 936e9, 32e9, 8, 1.25e9, int8=284e12),
     Device(
         "rtx_4090", r"NVIDIA GeForce RTX 4090", "gpu", 165e12, 24e9, 1008e9, 32e9, 8, 1.25e9, float8=330e12, int8=660e12
     ),
-    Device("rtx_5090", r"NVIDIA GeForce RTX 5090", "gpu", 209e12, 32e9, 1792e9, 64e9, 8, 1.25e9),
+    Device(
+        "rtx_5090", r"NVIDIA GeForce RTX 5090", "gpu", 209e12, 32e9, 1792e9, 64e9, 8, 1.25e9, float8=419e12, int8=838e12
+    ),
 )
 PEAK_FLOPS = {device.kind: device.peak for device in DEVICES}
 

@@ -10,9 +10,7 @@ import functools
 import math
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
 from layers import kernels
 from layers.attention import Attention
@@ -20,6 +18,7 @@ from layers.context import AnyOrder, InOrder
 from layers.encoder_decoder import EncoderDecoder
 from layers.language_model import LanguageModel
 from layers.mla import MLA
+from layers.parts import every_part
 from maxlike.errors import UserError
 from maxlike.sharding import Layout
 
@@ -94,8 +93,7 @@ def _obstacle(network: Any) -> str | None:
     """Why the tokens of this network's rows stay in order; None where they need not."""
     if not isinstance(network, LanguageModel):
         return f"{type(network).__name__} needs rows in order"
-    parts: list[nnx.Module] = []
-    jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, nnx.Module) and parts.append(part))  # visits all
+    parts = every_part(network)
     mixers = [vars(part)[name] for part in parts for name in MIXERS if name in vars(part)]
     needy = [part for part in parts if isinstance(part, InOrder)]
     needy += [mixer for mixer in mixers if not isinstance(mixer, AnyOrder)]

@@ -22,6 +22,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import absl.flags  # noqa: E402
+import pytest  # noqa: E402
 
 absl.flags.FLAGS(["pytest"])  # Grain's workers read absl flags, which somebody must have parsed
 
@@ -47,3 +48,26 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("largest difference to the published code")
         for name, value in sorted(found.items()):
             terminalreporter.write_line(f"{name:40} {value:.2e}")
+
+
+@pytest.fixture
+def said():
+    """What the stores of `open_store` have told."""
+    return []
+
+
+@pytest.fixture
+def open_store(tmp_path, said):
+    """A function that opens tmp_path/checkpoints with the knobs of `Checkpoints`; all are closed at the end."""
+    from maxlike.checkpoint import Checkpoints  # not before the flags above are read
+
+    stores = []
+
+    def opener(read_only=False, **knobs):
+        store = Checkpoints(**knobs).open(tmp_path / "checkpoints", read_only=read_only, say=said.append)
+        stores.append(store)
+        return store
+
+    yield opener
+    for store in stores:
+        store.close()

@@ -4,7 +4,6 @@
 """
 
 import collections
-import dataclasses
 import pathlib
 
 import pytest
@@ -13,43 +12,14 @@ from maxlike import config
 from maxlike.bench.timed import random_batch
 from maxlike.collectives import by_axis, collectives
 from maxlike.program import Program
-from tests.reference.collectives import Transformer, sent
+from tests.reference.collectives import sent
+from tests.reference.nets import NET, NETS, OVERLAYS, bindings_of
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "collectives"
-NET = Transformer(L=4, D=256, H=8, G=4, K=32, F=512, V=2048, B=16, T=128)
-MIXTURE = dataclasses.replace(NET, E=8, W=64, J=2)
-BINDINGS = (
-    f"vocab = {NET.V}",
-    f"dim = {NET.D}",
-    f"depth = {NET.L}",
-    f"heads = {NET.H}",
-    f"attention.Attention.kv_heads = {NET.G}",
-    f"width = {NET.F}",
-    f"experiment.Experiment.batch_size = {NET.B}",
-    f"experiment.Experiment.sequence_length = {NET.T}",
-    "experiment.Experiment.optimizer = @adamw.AdamW()",
-    "stack.Stack.scan = True",
-)
-SHAPES = {"tensor": "sharding.Mesh.shape = {'tensor': 4}"}
-NETS = {
-    **dict.fromkeys(("expert", "expert_fsdp"), MIXTURE),
-    **dict.fromkeys(("pipeline", "pipeline_fsdp"), dataclasses.replace(NET, M=4)),
-    "pipeline_1f1b": dataclasses.replace(NET, M=4, one_f_one_b=True),
-}
 FAST = ("hsdp_tp", "fsdp_context", "expert_fsdp")
-SLOW = ("data", "fsdp", "hsdp", "tensor", "expert", "pipeline", "pipeline_fsdp", "pipeline_1f1b")
-OVERLAYS = (*FAST, *SLOW)
-MESHES = [*FAST, *(pytest.param(mesh, marks=pytest.mark.meshes) for mesh in SLOW)]
+MESHES = [pytest.param(mesh, marks=() if mesh in FAST else pytest.mark.meshes) for mesh in OVERLAYS]
 # What the formula leaves out: gradients of gains, norms of gradients, metrics. Of all bytes sent.
 SMALL = 0.005
-
-
-def bindings_of(mesh: str) -> list[str]:
-    """What makes the network of an overlay out of its family."""
-    net, bindings = NETS.get(mesh, NET), [*BINDINGS, *([SHAPES[mesh]] if mesh in SHAPES else [])]
-    if net.E:
-        bindings += [f"experts.Experts.count = {net.E}", f"expert_width = {net.W}", f"routers.TopK.top_k = {net.J}"]
-    return bindings
 
 
 def table(found, counts, expected, total) -> str:

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from layers.attention import Attention
 from layers.dual_chunk import DualChunk
 from layers.masked_attention import MASKED
 from layers.mla import MLA
+from layers.parts import every_part
 from layers.relative_attention import CrossAttention, RelativeAttention
 from maxlike.activations.statistic import Peak, Seen, Statistic, Sums, Values, by_layer, layered
 from maxlike.errors import UserError
@@ -38,14 +38,13 @@ class AttentionSink(Statistic):
 
     def check(self, experiment: Experiment) -> None:
         super().check(experiment)
-        modules: list[nnx.Module] = []
-        jax.tree.leaves(experiment.bare(), is_leaf=lambda x: isinstance(x, nnx.Module) and modules.append(x))
-        strange = [x for x in modules if isinstance(x, DualChunk | RelativeAttention | CrossAttention)]
+        network = experiment.bare()
+        strange = every_part(network, (DualChunk, RelativeAttention, CrossAttention))
         if strange:
             raise UserError(
                 f"AttentionSink does not know the scores of {type(strange[0]).__name__}: leave it out of Measure.tools"
             )
-        if not any(isinstance(module, Mixer) for module in modules):
+        if not every_part(network, Mixer):
             raise UserError("AttentionSink finds no softmax attention in the network: leave it out of Measure.tools")
 
     def sums(self, seen: Seen) -> Sums:

@@ -14,6 +14,7 @@ import numpy as np
 from layers import taps
 from layers.language_model import LanguageModel
 from layers.mixture_of_depths import MixtureOfDepths
+from layers.parts import parts
 from layers.stack import lay_bare
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
@@ -91,8 +92,7 @@ class Statistic(Tool, abc.ABC):
             raise UserError(
                 f"{name} reads the layers of a LanguageModel, not of a {type(network).__name__}: leave it out"
             )
-        thin = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, MixtureOfDepths))
-        if self.inside_blocks and any(isinstance(part, MixtureOfDepths) for part in thin):
+        if self.inside_blocks and parts(network, MixtureOfDepths):
             raise UserError(
                 f"{name} cannot tell which tokens the block of a MixtureOfDepths worked on: leave {name} out"
             )

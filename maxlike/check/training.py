@@ -10,11 +10,12 @@ from layers.context import ReadsFuture
 from layers.dispatch import Capacity
 from layers.mixture_of_depths import MixtureOfDepths
 from layers.moe import MoE
+from layers.parts import parts
 from maxlike import catalog
 from maxlike.check import documents
 from maxlike.check.compare import METRICS, Comparison, Record, compare
 from maxlike.check.subject import Subject
-from maxlike.check.variant import LeftOut, Row, Variant, parts
+from maxlike.check.variant import LeftOut, Row, Variant
 from maxlike.errors import UserError
 from maxlike.objectives.masked_tokens import MaskedTokens
 from maxlike.objectives.next_token import NextToken

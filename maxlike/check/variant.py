@@ -92,9 +92,3 @@ def broken(name: str, compared: str, error: Exception) -> Row:
     lines = str(error).strip().splitlines()
     trace = "".join(traceback.format_exception(error))
     return Row(name, compared, None, f"{type(error).__name__}: {lines[0] if lines else ''}", failed=True, trace=trace)
-
-
-def parts(network: Any, kind: type) -> list[Any]:
-    """The modules of a kind in a network, outermost first, without those inside another."""
-    found = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, kind))
-    return [part for part in found if isinstance(part, kind)]

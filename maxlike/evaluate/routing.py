@@ -1,7 +1,7 @@
 """The held-out loss of a network as it would decode, whatever routing it trains with."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -10,6 +10,7 @@ from flax import nnx
 
 from layers.mixture_of_depths import MixtureOfDepths
 from layers.modality_moe import ModalityMoE
+from layers.parts import parts
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.objectives.auxiliary_routers import AuxiliaryRouters
@@ -97,16 +98,16 @@ class Lots(nnx.Module):
 
 def as_decoded(model: Any) -> None:
     """Evaluates by auxiliary routers where there are some."""
-    for layer in _parts(model, ModalityMoE):
+    for layer in parts(model, ModalityMoE):
         layer.evaluation = "auxiliary" if any(group.count > 1 for group in layer.groups) else "top_k"
-    for layer in _parts(model, MixtureOfDepths):
+    for layer in parts(model, MixtureOfDepths):
         layer.evaluation = "auxiliary"
     _make_room(model)
 
 
 def as_trained(model: Any) -> None:
     """Evaluates by the best tokens of each routing scope."""
-    for layer in (*_parts(model, ModalityMoE), *_parts(model, MixtureOfDepths)):
+    for layer in (*parts(model, ModalityMoE), *parts(model, MixtureOfDepths)):
         layer.evaluation = "top_k"
     _make_room(model)
 
@@ -114,35 +115,29 @@ def as_trained(model: Any) -> None:
 def by_chance(model: Any, seed: int) -> None:
     """As decoded, with lots for auxiliary routers."""
     as_decoded(model)
-    for layer in _parts(model, ModalityMoE):
+    for layer in parts(model, ModalityMoE):
         for group in layer.groups:
             if group.count > 1:
                 group.auxiliary = Lots(group.share, group.count, seed)
-    for layer in _parts(model, MixtureOfDepths):
+    for layer in parts(model, MixtureOfDepths):
         layer.auxiliary = Lots(layer.capacity, None, seed)
 
 
 def _make_room(model: Any) -> None:
-    for layer in _parts(model, ModalityMoE):
+    for layer in parts(model, ModalityMoE):
         for group in layer.groups:
             group.bound = 1.0
 
 
-def _parts(model: Any, kind: type[Part]) -> Iterator[Part]:
-    """Modules of a kind, at any depth."""
-    leaves = jax.tree.leaves(model, is_leaf=lambda part: isinstance(part, kind))
-    return (part for part in leaves if isinstance(part, kind))
-
-
 def _has_auxiliary(network: Any) -> bool:
-    depths = any(layer.auxiliary is not None for layer in _parts(network, MixtureOfDepths))
-    return depths or any(group.auxiliary is not None for moe in _parts(network, ModalityMoE) for group in moe.groups)
+    depths = any(layer.auxiliary is not None for layer in parts(network, MixtureOfDepths))
+    return depths or any(group.auxiliary is not None for moe in parts(network, ModalityMoE) for group in moe.groups)
 
 
 def _refuse_without_auxiliary(network: Any) -> None:
-    for layer in _parts(network, ModalityMoE):
+    for layer in parts(network, ModalityMoE):
         if not layer.causal:
             raise UserError("CausalLoss: ModalityMoE.auxiliary is None, so the network has no causal loss; bind it")
-    for layer in _parts(network, MixtureOfDepths):
+    for layer in parts(network, MixtureOfDepths):
         if layer.auxiliary is None:
             raise UserError("CausalLoss: MixtureOfDepths.auxiliary is None, so the network has no causal loss; bind it")

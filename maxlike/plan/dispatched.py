@@ -1,7 +1,6 @@
 """Experts spread over devices, in a plan: what dispatch sends and holds, by the rules of `layers.dispatch`."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -72,11 +71,9 @@ def _chosen(moe: MoE, length: int, rows: float, shares: Shares, P: int):
         return kind, taken if shares.context == 1 else P * worst, taken
     if not isinstance(dispatch, Dropless):
         raise TypeError(f"plan does not know the dispatch {type(dispatch).__name__}: say what it sends in {__name__}")
-    room = worst
     if kind == "all_to_all" and dispatch.exchange == "gather":
         kind = "gather"
-    elif kind == "all_to_all" and dispatch.room is not None:
-        room = min(room, math.ceil(dispatch.room * tokens * moe.router.expected * here / N - 1e-9))
+    room = dispatch.places(tokens, moe.router.top_k, moe.router.expected / N, here, bounded=kind == "all_to_all")
     return kind, P * room, tokens * min(moe.router.top_k, N)
 
 

@@ -11,10 +11,12 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from layers.moe import MoE
-from layers.pipeline import bubble
+from layers.parts import named_parts
+from layers.pipeline import Circular, bubble
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.one_f_one_b import OneFOneB
+from maxlike.pipelines import schedule
 from maxlike.sharding import Layout, flat_axes, path_names
 
 # Logical axes of parameters whose cut divides the work on a token, not only the storage.
@@ -68,25 +70,20 @@ class Shares:
         # Where positions of the residual stream lie on the tensor axes too, its arrays are cut like all others.
         residual = layout.mesh_axes("residual_length") if "residual_length" in layout.rules else ()
         self.sequence_parallel = bool(set(residual) & set(self.tensor_axes))
-        self.weights, network = tuple(self._weights(experiment)), experiment.bare()
+        self.weights = tuple(self._weights(experiment))
         # mixtures: (name, module) of each mixture of experts whose tokens choose.
-        parts = jax.tree_util.tree_flatten_with_path(network, is_leaf=lambda part: isinstance(part, MoE))[0]
-        self.mixtures = tuple(("/".join(path_names(path)), part) for path, part in parts if isinstance(part, MoE))
+        self.mixtures = tuple(named_parts(experiment.bare(), MoE).items())
         # ticks, repeats: micro-batches that a pipeline passes on, and how often each comes to a stage. bubble: what it
         # waits of a step.
-        pipeline, schedule = network.stack.pipeline, experiment.step.gradients
-        self.one_f_one_b = isinstance(schedule, OneFOneB)
-        if self.stage == 1:
-            self.ticks, self.repeats = 1, 1
-        elif self.one_f_one_b:
-            self.ticks, self.repeats = schedule.micro_batches, 1
-        elif pipeline is None:
+        passed = schedule(experiment) if self.stage > 1 else None
+        if self.stage > 1 and passed is None:
             raise UserError(
                 f"the mesh has {self.stage} stages and Stack.pipeline=None: put `--overlay mesh/pipeline` on, or leave "
                 "'stage' out of Mesh.shape"
             )
-        else:
-            self.ticks, self.repeats = pipeline.micro_batches, pipeline.repeats
+        self.one_f_one_b = isinstance(passed, OneFOneB)
+        self.ticks = 1 if passed is None else passed.micro_batches
+        self.repeats = passed.repeats if isinstance(passed, Circular) else 1
         try:
             self.bubble = bubble("1f1b" if self.one_f_one_b else "circular", self.stage, self.ticks, self.repeats)
         except ValueError as error:

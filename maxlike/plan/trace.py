@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from layers import kernels
 from layers.active import active_parameters
 from layers.language_model import LanguageModel
+from layers.parts import parts
 from layers.stack import Stack
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
@@ -187,8 +188,7 @@ def abstract_batch(experiment: Experiment, rows: int) -> dict[str, jax.ShapeDtyp
 
 def stacks(network: Any) -> list[Stack]:
     """The stacks of layers in a network."""
-    parts = jax.tree.leaves(network, is_leaf=lambda part: isinstance(part, Stack))
-    return [part for part in parts if isinstance(part, Stack)]
+    return parts(network, Stack)
 
 
 def with_remat(experiment: Experiment, remat: str) -> Experiment:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from layers import taps
 from layers.linear import Linear
+from layers.parts import parts
 from layers.stack import Stack
 from maxlike.metrics import Mean
 from maxlike.quantize import targets
@@ -51,7 +52,7 @@ class FakeQuantized:
     def _functions(self, model: Any) -> dict[str, Callable]:
         functions = {}
         if self.recipe.activations < 16:
-            inside = {id(part) for stack in targets.modules(model, Stack).values() for part in _linears(stack)}
+            inside = {id(part) for stack in parts(model, Stack) for part in _linears(stack)}
             outside = {id(part) for part in _linears(model)} - inside
             functions["linear_input"] = lambda x, owner: x if id(owner) in outside else self.input(x, owner)
         if self.recipe.cache < 16:
@@ -85,4 +86,4 @@ class FakeQuantized:
 
 
 def _linears(network: Any) -> list[Linear]:
-    return list(targets.modules(network, Linear).values())
+    return parts(network, Linear)

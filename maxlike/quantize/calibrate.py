@@ -15,12 +15,12 @@ from layers.axes import Buffer
 from layers.context import Context
 from layers.language_model import LanguageModel
 from layers.linear import Linear
+from layers.parts import named_parts
 from layers.stack import Stack
 from maxlike import checkpoint_tree
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.objectives.batch import context_of
-from maxlike.quantize import targets
 from maxlike.quantize.targets import Targets
 
 Replace = Callable[[str, int | None, jax.Array, jax.Array], jax.Array]
@@ -190,7 +190,7 @@ class _Walk:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The block's output, and for the kernel of each of its Linear layers the sum of x x^T."""
         block = nnx.merge(self._graph, params, buffers)
-        owners = {id(linear): f"{path}/kernel" for path, linear in targets.modules(block, Linear).items()}
+        owners = {id(linear): f"{path}/kernel" for path, linear in named_parts(block, Linear).items()}
         sums: dict[str, jax.Array] = {}
 
         def see(x: jax.Array, owner: Any) -> jax.Array:

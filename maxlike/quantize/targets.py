@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 from flax import nnx
 
 from layers.attention import Attention
@@ -14,6 +13,7 @@ from layers.linear import Linear
 from layers.mla import MLA
 from layers.mlp import MLP, GatedMLP
 from layers.norm import Identity, RMSNorm
+from layers.parts import named_parts, parts
 from layers.stack import Stack
 from maxlike.errors import UserError
 from maxlike.quantize.hadamard import Rotation, divisor, rotation
@@ -55,11 +55,11 @@ class Targets:
 
 def find(network: Any, recipe: Recipe) -> Targets:
     """What of an (abstract) network a recipe quantizes. Raises UserError, naming the layer, for what it cannot."""
-    if not modules(network, Stack):
+    if not parts(network, Stack):
         raise UserError(f"{type(network).__name__} has no stack of blocks: there is nothing that is quantized here")
     if recipe.rotation == "full":
         _refuse_rotation(network)
-    values = {id(attention.value) for attention in modules(network, Attention).values()}
+    values = {id(attention.value) for attention in parts(network, Attention)}
     matrices, kept = {}, {}
     for layer, part in inside(network, (Linear, Experts)).items():
         for name, kernel in _matrices(part).items():
@@ -90,15 +90,8 @@ def _target(recipe: Recipe, path: str, part: Linear | Experts, kernel: nnx.Param
 
 def inside(network: Any, kind: type | tuple[type, ...]) -> dict[str, Any]:
     """{path: module} of a kind in the blocks of the network's stacks."""
-    roots = tuple(f"{path}/" for path in modules(network, Stack))
-    return {path: part for path, part in modules(network, kind).items() if path.startswith(roots)}
-
-
-def modules(network: Any, kind: type | tuple[type, ...]) -> dict[str, Any]:
-    """{path: module} of a kind in a network, without those inside another."""
-    found = jax.tree_util.tree_flatten_with_path(network, is_leaf=lambda part: isinstance(part, kind))[0]
-    names = {jax.tree_util.keystr(path, simple=True, separator="/"): part for path, part in found}
-    return {path: part for path, part in names.items() if isinstance(part, kind)}
+    roots = tuple(f"{path}/" for path in named_parts(network, Stack))
+    return {path: part for path, part in named_parts(network, kind).items() if path.startswith(roots)}
 
 
 def logical(kernel: nnx.Param) -> tuple[str, ...]:

@@ -1,7 +1,5 @@
 """Modality-aware expert choice against a loop over experts, and what each modality may not do to the other."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,56 +9,14 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from layers.active import active_parameters
-from layers.attention import Attention
 from layers.auxiliary_router import AuxiliaryRouter
-from layers.block import Block
 from layers.context import Context
-from layers.embed import Head
-from layers.language_model import LanguageModel
-from layers.mixture_of_depths import MixtureOfDepths
 from layers.mlp import GatedMLP
 from layers.modality_moe import ModalityMoE
-from layers.norm import RMSNorm
 from layers.selection import best, compact, share
-from layers.stack import Stack
+from tests.reference.modality import MODALITY, RNG, SEGMENTS, B, D, T, W, X, context, layer, loops, silu
 from tests.reference.moma import expert_choice, sigmoid
 from tests.reference.random import random_module
-
-B, T, D, W = 2, 18, 8, 12
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(B, T, D)).astype(np.float32)
-MODALITY = RNG.integers(0, 2, (B, T))
-SEGMENTS = np.where(np.arange(T) < [[T], [14]], 1, 0)
-
-
-@functools.cache
-def layer(std=0.5, **knobs):
-    build = functools.partial(ModalityMoE, D, width=W, **knobs)
-    graph, params, _ = random_module(lambda rngs: build(rngs=rngs), std=std)
-    call = jax.jit(lambda params, x_BTD, ctx: nnx.merge(graph, params)(x_BTD, ctx))
-    return graph, params, call
-
-
-def silu(x):
-    return x * sigmoid(x)
-
-
-def context(modality=MODALITY, segments=SEGMENTS, **fields):
-    segments = None if segments is None else jnp.asarray(segments)
-    ctx = Context.of(jnp.zeros((B, T)), segments_BT=segments, modality_BT=jnp.asarray(modality), modalities=2)
-    return ctx.replace(**fields)
-
-
-def loops(params):
-    """The groups as the reference takes them."""
-    groups = [params["groups"][i] for i in sorted(params["groups"])]
-    return [
-        {k: np.asarray(v) for k, v in group["experts"].items()}
-        | ({"router": np.asarray(group["router"])} if "router" in group else {})
-        for group in groups
-    ]
-
 
 KNOBS = [
     {"groups": (4, 3)},
@@ -230,90 +186,6 @@ def test_gradients_reach_router_and_experts_of_the_chosen():
     assert float(np.sum(g_x * direction)) == pytest.approx(float(slope), rel=2e-2)
 
 
-AUXILIARY = {"groups": (4, 3), "auxiliary": AuxiliaryRouter, "evaluation": "auxiliary"}
-
-
-def test_auxiliary_routing_is_causal_and_top_k_is_not():
-    """The second half documents the leak: a later token of the same modality takes an earlier one's place."""
-    _, params, call = layer(**AUXILIARY)
-    changed = X.copy()
-    changed[:, 10:] += RNG.normal(size=changed[:, 10:].shape)
-    outputs = [np.asarray(call(params, x, context(segments=None))[0]) for x in (X, changed)]
-    np.testing.assert_array_equal(outputs[0][:, :10], outputs[1][:, :10])
-    training = context(segments=None, train=True)
-    leaking = [np.asarray(call(params, x, training)[0]) for x in (X, changed)]
-    assert np.abs(leaking[0] - leaking[1])[:, :10].max() > 0.1
-
-
-def test_auxiliary_routing_is_its_formula_and_decodes_token_by_token():
-    _, params, call = layer(**AUXILIARY)
-    got, aux = call(params, X, context())
-    expected = np.zeros_like(X)
-    for m, index in enumerate(sorted(params["groups"])):
-        group = params["groups"][index]
-        fires = sigmoid(silu(X @ group["auxiliary"]["up"]) @ group["auxiliary"]["out"]) > 0.5
-        fires = fires & ((m == MODALITY) & (SEGMENTS > 0))[..., None]
-        h = silu(np.einsum("btd,edf->btef", X, group["experts"]["gate"]))
-        h = h * np.einsum("btd,edf->btef", X, group["experts"]["up"])
-        weight = np.where(fires, sigmoid(X @ group["router"]), 0)
-        expected += np.einsum("btef,efd,bte->btd", h, group["experts"]["down"], weight)
-    np.testing.assert_allclose(got, expected, atol=2e-5)
-    assert float(aux["max_load"]) > 1
-    for t in (0, 5):
-        ctx = Context(jnp.full((B, 1), t), None, jnp.ones(B, int), jnp.asarray(MODALITY[:, t : t + 1]), modalities=2)
-        step, _ = call(params, X[:, t : t + 1], ctx)
-        np.testing.assert_allclose(step[:, 0], got[:, t], atol=2e-5)
-
-
-def test_decoding_leaves_alone_the_experts_that_no_token_chose():
-    """Their weights are not a number here: a product with them, even times zero, would show."""
-    _, params, call = layer(**AUXILIARY)
-    x_B1D, modality_B1 = X[:, :1], np.asarray([[0], [1]])
-    ctx = Context(jnp.zeros((B, 1), int), None, jnp.ones(B, int), jnp.asarray(modality_B1), modalities=2)
-    expected, _ = call(params, x_B1D, ctx)
-    poisoned, spared = params, 0
-    for m, index in enumerate(sorted(params["groups"])):
-        group = params["groups"][index]
-        idle_E = silu(x_B1D[m, 0] @ group["auxiliary"]["up"]) @ group["auxiliary"]["out"] <= 0
-        experts = {name: np.where(idle_E[:, None, None], np.nan, w) for name, w in group["experts"].items()}
-        poisoned = {"groups": poisoned["groups"] | {index: group | {"experts": experts}}}
-        spared += idle_E.sum()
-    assert 0 < spared < 7
-    np.testing.assert_array_equal(call(poisoned, x_B1D, ctx)[0], expected)
-
-
-def test_auxiliary_routers_are_judged_by_the_choice_without_changing_it():
-    graph, params, call = layer(**AUXILIARY)
-    training = context(train=True)
-    got, aux = call(params, X, training)
-    _, plain, bare = layer(groups=(4, 3))
-    same = jax.tree_util.tree_map_with_path(lambda path, leaf: _at(params, path), plain)
-    np.testing.assert_array_equal(got, bare(same, X, training)[0])
-    losses, accuracies = [], []
-    for m, index in enumerate(sorted(params["groups"])):
-        group = params["groups"][index]
-        p = sigmoid(silu(X @ group["auxiliary"]["up"]) @ group["auxiliary"]["out"])
-        own, chosen = (m == MODALITY) & (SEGMENTS > 0), np.zeros(p.shape, bool)
-        for row in range(B):
-            for (g, e), tokens in expert_choice(X[row], loops(params), MODALITY[row], SEGMENTS[row] > 0)[1].items():
-                if g == m:
-                    chosen[row, tokens, e] = True
-        losses.append(np.mean(-np.where(chosen, np.log(p), np.log(1 - p))[own]))
-        accuracies.append(np.mean(((p > 0.5) == chosen)[own]))
-    assert float(aux["auxiliary_bce"]) == pytest.approx(np.mean(losses), rel=1e-4)
-    assert float(aux["auxiliary_accuracy"]) == pytest.approx(np.mean(accuracies), rel=1e-5)
-    gradient = jax.jit(jax.grad(lambda p: nnx.merge(graph, p)(jnp.asarray(X), training)[1]["auxiliary_bce"]))(params)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
-        moved = "auxiliary" in jax.tree_util.keystr(path)
-        assert bool(np.abs(leaf).max() > 0) == moved, jax.tree_util.keystr(path)
-
-
-def _at(tree, path):
-    for key in path:
-        tree = tree[key.key]
-    return tree
-
-
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
@@ -349,43 +221,6 @@ def test_refused_calls(knobs, fields, message):
     graph, params, _ = layer(**knobs)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: nnx.merge(graph, params)(jnp.asarray(X), context(**fields)))
-
-
-DENSE = [("90M", 8, 512, 8, "210M"), ("435M", 24, 1024, 16, "1.9B"), ("1.4B", 24, 2048, 16, "7.1B")]
-DEEP = [("110M", 14, 512, 8, "317M"), ("635M", 40, 1024, 16, "3B"), ("2.3B", 32, 2304, 18, "12B")]
-
-
-@pytest.mark.parametrize(("dense", "depth", "dim", "heads", "sparse"), DENSE + DEEP)
-def test_published_parameter_counts(dense, depth, dim, heads, sparse):
-    """Table 1 of arXiv 2407.21770: untied embeddings of 65,536, no biases, experts of width floor(8 D / 3)."""
-    width, deep = 8 * dim // 3, dense in [row[0] for row in DEEP]
-
-    def model(ffn):
-        block = functools.partial(Block, mixer=functools.partial(Attention, heads=heads), ffn=ffn, norm=RMSNorm)
-        pattern = (functools.partial(MixtureOfDepths, block=block), block) if deep else (block,)
-        stack = functools.partial(Stack, pattern=pattern, depth=depth)
-        head = functools.partial(Head, tied=False)
-        return LanguageModel(vocab=65536, dim=dim, stack=stack, norm=RMSNorm, head=head, rngs=nnx.Rngs(params=0))
-
-    def count(ffn, of=lambda network: sum(leaf.size for leaf in jax.tree.leaves(network))):
-        return of(jax.eval_shape(lambda: model(ffn)))
-
-    extra = depth * (2 * dim) + dim + (depth // 2 * dim if deep else 0)  # norms, and routers over depth
-    rest, expert = 2 * 65536 * dim + 4 * dim * dim * depth, 3 * dim * width * depth
-    whole = count(functools.partial(GatedMLP, width=width))
-    assert whole == rest + expert + extra
-    for groups in ((8,), (4, 4)):
-        assert count(functools.partial(ModalityMoE, groups=groups, width=width)) == (
-            rest + 8 * expert + extra + depth * dim * 8
-        )
-    active = count(functools.partial(ModalityMoE, groups=(4, 4), width=width), active_parameters)
-    used = whole + depth * dim * 8  # of a token that is kept everywhere
-    if deep:  # every second block is passed by one token in four
-        used -= 0.75 * depth / 2 * (4 * dim * dim + 3 * dim * width + 2 * dim + 8 * dim)
-    assert active == pytest.approx(used, rel=1e-12)
-    unit = {"M": 1e6, "B": 1e9}
-    for published, experts in ((dense, 1), (sparse, 8)):
-        assert rest + experts * expert == pytest.approx(float(published[:-1]) * unit[published[-1]], rel=0.06)
 
 
 def test_sharded_experts_and_rows_equal_one_device():

@@ -7,7 +7,7 @@ from maxlike.collectives import by_axis
 from maxlike.plan import planned, targets
 from maxlike.plan.trace import trace
 from tests.reference.collectives import sent
-from tests.test_collective_goldens import MIXTURE, NET, NETS, OVERLAYS, bindings_of
+from tests.reference.nets import MIXTURE, NET, NETS, OVERLAYS, bindings_of
 
 CPU = targets.Target("cpu:8", "cpu", 8, None, None)
 
