@@ -21,13 +21,6 @@ from maxlike.sharding import Layout, flat_axes, path_names
 _WORK = ("heads", "kv_heads", "mlp", "vocab", "groups", "positions")
 
 
-def with_mesh(experiment: Experiment, shape: dict[str, int]) -> Experiment:
-    """The experiment with another `Mesh.shape`."""
-    mesh = copy.copy(experiment.mesh)
-    mesh.shape = dict(shape)
-    return dataclasses.replace(experiment, mesh=mesh)
-
-
 def abstract_layout(experiment: Experiment, devices: int) -> Layout:
     """The experiment's mesh over so many devices that need not exist. Raises UserError as `Mesh.open` does."""
     sizes = experiment.mesh.sizes(devices)
@@ -77,20 +70,29 @@ class Shares:
         pipeline, schedule = network.stack.pipeline, experiment.step.gradients
         self.one_f_one_b = isinstance(schedule, OneFOneB)
         if self.stage == 1:
-            self.ticks, self.repeats = 1, 1
+            self._pass_on(1, 1)
         elif self.one_f_one_b:
-            self.ticks, self.repeats = schedule.micro_batches, 1
+            self._pass_on(schedule.micro_batches, 1)
         elif pipeline is None:
             raise UserError(
                 f"the mesh has {self.stage} stages and Stack.pipeline=None: put `--overlay mesh/pipeline` on, or leave "
                 "'stage' out of Mesh.shape"
             )
         else:
-            self.ticks, self.repeats = pipeline.micro_batches, pipeline.repeats
+            self._pass_on(pipeline.micro_batches, pipeline.repeats)
+
+    def _pass_on(self, ticks: int, repeats: int) -> None:
+        self.ticks, self.repeats = ticks, repeats
         try:
             self.bubble = bubble("1f1b" if self.one_f_one_b else "circular", self.stage, self.ticks, self.repeats)
         except ValueError as error:
             raise UserError(str(error)) from error
+
+    def with_ticks(self, ticks: int) -> "Shares":
+        """The same with so many micro-batches in its pipeline, which goes round once."""
+        other = copy.copy(self)
+        other._pass_on(ticks, 1)
+        return other
 
     def parts(self, axes: Iterable[str]) -> int:
         """Devices along some mesh axes."""
@@ -111,6 +113,11 @@ class Shares:
     @property
     def stage(self) -> int:
         return self.parts(self.stage_axes)
+
+    @property
+    def turns(self) -> int:
+        """How often a stage runs its layers, those times among them in which a pipeline fills and drains."""
+        return 1 if self.stage == 1 else self.ticks * self.repeats + self.stage - 1
 
     def _weights(self, experiment: Experiment) -> Iterable[Weight]:
         model = experiment.abstract_model()
