@@ -46,9 +46,12 @@ class _Job:
     def __init__(self, shares: Shares, platform: str, micro: int, size: int, stream: float, trace: Trace):
         self.shares, self.micro, self.size, self.stream, self.trace = shares, micro, size, stream, trace
         self.on_cpu = platform == "cpu"
-        # A pipeline computes a stage's forward pass anew, and works on anything while it fills and drains.
+        # A pipeline computes a stage's forward pass anew; at each of its turns (it works on anything while it fills and
+        # drains) a stage has `turn` bytes of the stream in its part of the layers, all layers having had it `rounds`
+        # times in the end.
         self.anew = 0 if shares.stage == 1 else 1
-        self.layered = micro * shares.turns / (shares.ticks * shares.repeats)
+        self.turn = stream * shares.stage / shares.ticks
+        self.rounds = micro * shares.turns / (shares.stage * shares.repeats)
 
     def _make(self, kind: str, axes: tuple[str, ...], array: float, times: float, name: str) -> Collective:
         axes, n = tuple(axis for axis in self.shares.sizes if axis in axes), self.shares.parts(axes)
@@ -140,13 +143,13 @@ class _Job:
         blocks = self.trace.depth
         kind = "branches"
         if shares.sequence_parallel:
-            yield self._make("all-gather", axes, self.stream, self.layered * out * (2 + self.anew + again[0]), kind)
+            yield self._make("all-gather", axes, self.turn, self.rounds * out * (2 + self.anew + again[0]), kind)
         else:
             again = (0.0, again[1])
         # The last output of a block is not needed to recompute it.
-        passes = out + (again[1] + self.anew) * (out - blocks)
-        yield self._sum(axes, self.stream, self.layered * passes, kind)
-        yield self._sum(axes, self.stream, self.layered * into, kind)
+        passes = out * (1 + self.anew) + again[1] * (out - blocks)
+        yield self._sum(axes, self.turn, self.rounds * passes, kind)
+        yield self._sum(axes, self.turn, self.rounds * into, kind)
         yield self._make("all-gather", axes, self.stream, self.micro, "loss")
         yield self._make("all-reduce", axes, self.stream, self.micro, "loss")
 
@@ -163,39 +166,41 @@ class _Job:
             for w in shares.weights
             if w.layers > 1 and w.axes[1:3] in (("embed", "kv_heads"), ("latent_in", "kv_heads"))
         )
-        part = self.stream / self.trace.dim * kv  # keys and values of all layers, of a device's own positions
+        # Keys and values of the layers and positions that a device has at a time.
+        part = self.turn / self.trace.dim * kv / (shares.stage * shares.repeats)
+        times = self.micro * shares.turns
         if shares.layout.keys == "gather":
             whole = part * shares.context
-            yield self._make("all-gather", axes, whole, self.layered * (1 + again), "keys")
-            yield self._make("reduce-scatter", axes, whole, self.layered, "keys")
+            yield self._make("all-gather", axes, whole, times * (1 + again), "keys")
+            yield self._make("reduce-scatter", axes, whole, times, "keys")
         else:
             hops = (2 + again + 4 / self.size) * (shares.context - 1) + 1
-            yield self._make("collective-permute", axes, part * hops, self.layered, "ring")
+            yield self._make("collective-permute", axes, part * hops, times, "ring")
 
     def exchange(self, spread: Iterable[Mixture], remat: str) -> Iterator[Collective]:
         """Expert parallel: rows to their experts and back, forward and backward, and the first two once more where the
         backward pass computes them anew. Empty places travel too."""
         axes = self.shares.expert_axes
-        again, row = self.anew + (0 if remat == "none" else 1), self.trace.dim * self.size
+        again, row = self.anew + (0 if remat == "none" else 1), self.trace.dim * self.size * self.turn / self.stream
         for mixture in spread:
-            name, times = mixture.weight.name, mixture.weight.layers * self.layered
+            name, times = mixture.weight.name, mixture.weight.layers * self.rounds
             if mixture.kind == "all_to_all":
                 yield self._make("all-to-all", axes, mixture.places * row, times * (4 + 2 * again), name)
             elif mixture.kind == "gather":
                 yield self._make("all-gather", axes, mixture.gathered * row, times * (2 + again), name)
                 yield self._make("reduce-scatter", axes, mixture.gathered * row, times * 2, name)
             else:
-                yield self._make("all-reduce", axes, self.stream, times * 2, name)
+                yield self._make("all-reduce", axes, self.turn, times * 2, name)
 
     def stages(self) -> Iterator[Collective]:
         """Pipeline: each tick the stream of a micro-batch to the next stage, its gradient back. The circular one brings
         rows to the first stage and from it back to theirs."""
-        part = self.stream * self.shares.stage / self.shares.ticks
-        if self.shares.sequence_parallel:
-            part /= self.shares.tensor
+        cut = self.shares.tensor if self.shares.sequence_parallel else 1
         yield self._make(
-            "collective-permute", self.shares.stage_axes, part, 2 * self.micro * self.shares.turns, "stages"
+            "collective-permute", self.shares.stage_axes, self.turn / cut, 2 * self.micro * self.shares.turns, "stages"
         )
         if not self.shares.one_f_one_b:
             rows = 2 * 2 * (self.shares.stage - 1) * self.micro
-            yield self._make("collective-permute", self.shares.stage_axes, self.stream, rows, "rows of the stages")
+            yield self._make(
+                "collective-permute", self.shares.stage_axes, self.stream / cut, rows, "rows of the stages"
+            )
