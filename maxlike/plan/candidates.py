@@ -37,7 +37,7 @@ def meshes(experiment: Experiment, devices: int, platform: str) -> Iterator[dict
     """Shapes over stage, data, fsdp, expert (with experts), context and tensor, in the order from the slowest links to
     the fastest; those that cut the rows first.
 
-    stage: powers of two up to DEEPEST, which must divide the layers. context: powers of two that leave a device
+    stage: powers of two up to DEEPEST that divide the periods of the layers. context: powers of two that leave a device
     SHORTEST tokens of a row, or SHORTEST_OF_FEW where there are more devices than rows. The experiment's own sizes of
     both besides. None of an axis that the network refuses when it is the only one, or that has no rule.
     """
@@ -45,8 +45,9 @@ def meshes(experiment: Experiment, devices: int, platform: str) -> Iterator[dict
     shortest = SHORTEST if devices <= experiment.batch_size else SHORTEST_OF_FEW
     longest = experiment.sequence_length // shortest
     stages = _sizes(experiment, "stage", "layers", DEEPEST, platform)
-    if isinstance(experiment.step.gradients, OneFOneB):  # there is none without stages
-        stages = [stage for stage in stages if stage > 1]
+    periods = experiment.bare().stack.repeats
+    least = 2 if isinstance(experiment.step.gradients, OneFOneB) else 1  # it has no step without stages
+    stages = [stage for stage in stages if stage >= least and periods % stage == 0]
     contexts = _sizes(experiment, "context", "length", longest, platform)
     for stage, context in ((s, c) for s in stages for c in contexts if devices % (s * c) == 0):
         left = devices // stage // context

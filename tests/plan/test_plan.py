@@ -14,7 +14,7 @@ from maxlike.collectives import by_axis
 from maxlike.errors import UserError
 from maxlike.mfu import DEVICES
 from maxlike.plan import advice, estimate, planned, ranking, targets
-from maxlike.plan.changes import with_mesh, with_micro_batches, with_remat
+from maxlike.plan.changes import with_mesh, with_micro_batches, with_pipeline, with_remat
 from maxlike.plan.compiled import compile_step
 from maxlike.plan.plan import plan
 from maxlike.plan.trace import abstract_batch, products, trace
@@ -51,10 +51,13 @@ def traces(toy):
         ({"fsdp": 4, "tensor": 2}, "none", 1),
         pytest.param({"fsdp": 2, "tensor": 4}, "full", 2, marks=pytest.mark.large),
         pytest.param({"data": 2, "fsdp": 4}, "full", 1, marks=pytest.mark.large),
+        ({"stage": 2, "fsdp": 2, "tensor": 2}, "none", 1),
     ],
 )
 def test_formulas_agree_with_the_compiler(toy, traces, shape, remat, micro_batches):
     experiment = with_micro_batches(with_mesh(with_remat(toy, remat), shape), micro_batches)
+    if "stage" in shape:
+        experiment = with_pipeline(experiment, 8)
     predicted = planned.analytic(experiment, CPU, traces[remat])
     made = compile_step(experiment, experiment.mesh.open(), "cpu")
     assert predicted.memory.arguments == made.arguments
