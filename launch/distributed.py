@@ -1,10 +1,12 @@
-"""Joining the processes of a cluster. jax.distributed does the finding; this decides whether to ask it, tells in a
-sentence who is missing, and keeps watch over those who came."""
+"""Joining the processes of a cluster. This decides whether there are several, tells in a sentence who is missing, and
+keeps watch over those who came; where neither flags nor Slurm say who they are, jax.distributed finds them."""
 
 import json
 import os
+import re
 import socket
 import sys
+import threading
 import time
 
 from launch import environment, peers
@@ -12,6 +14,7 @@ from maxlike.errors import UserError
 
 JOIN_TIMEOUT = 300.0  # seconds
 NEAR = 16  # ports after --coordinator's that are tried for jax's own service
+_LATER = 30  # seconds by which jax is told to wait longer than we do: out of time, it aborts the process in C++
 _ECHO = 2 * peers.GRACE  # seconds within which the watch explains an error that is the echo of another process's end
 
 _watch: peers.Peers | None = None
@@ -22,17 +25,19 @@ def join(coordinator: str | None, processes: int | None, process: int | None, ti
 
     timeout: seconds to wait for the other processes. Raises UserError where they cannot be reached or do not come.
     """
+    if timeout <= 0:
+        raise UserError(f"--join_timeout={timeout:g}: give a positive number of seconds")
     explicit = (coordinator, processes, process)
     if any(value is not None for value in explicit):
         if any(value is None for value in explicit):
             raise UserError("--coordinator, --processes and --process go together: give all three, on every host")
         _meet(coordinator, processes, process, timeout)
-    elif environment.platform() == "tpu" or _several():  # a TPU worker learns from its metadata whether it is alone
-        import jax
-
-        jax.distributed.initialize(initialization_timeout=round(timeout))
-        if jax.process_count() > 1:
-            _meet_through_jax()
+    elif "SLURM_STEP_NODELIST" in os.environ and _count("SLURM_NTASKS") > 1:
+        _meet(_slurm_address(), _count("SLURM_NTASKS"), _count("SLURM_PROCID"), timeout)
+    elif environment.platform() == "tpu" or _count("OMPI_COMM_WORLD_SIZE") > 1:  # a TPU's metadata say if it is alone
+        _meet_through_jax(timeout)
+    elif _count("SLURM_NTASKS") > 1:
+        _say(f"one process alone in an allocation of {os.environ['SLURM_NTASKS']} tasks: `srun` starts them all")
 
 
 def joined() -> bool:
@@ -59,10 +64,44 @@ def await_cause() -> None:
         time.sleep(_ECHO)
 
 
-def _several() -> bool:
-    """Whether a scheduler that jax.distributed knows has started more than one process."""
-    counts = (os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    return any(count.isdigit() and int(count) > 1 for count in counts)
+def _count(name: str) -> int:
+    """A number that a scheduler has put into the environment, 0 without one."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else 0
+
+
+def _slurm_address() -> str:
+    """Where the processes of a Slurm step meet: on its first node, at one of 750 ports for each step, with room for
+    `NEAR` others behind it, since neighbouring jobs share nodes."""
+    nodes = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"])  # node[7-9,12],other -> node7,other
+    step = _count("SLURM_JOB_ID") + _count("SLURM_STEP_ID")
+    return f"{nodes.partition(',')[0]}:{20_000 + step % 750 * NEAR}"
+
+
+def _initialize(timeout: float, late: str, **processes: object) -> None:
+    """jax.distributed.initialize. It aborts the process in C++ where somebody is missing, so after `timeout` seconds
+    another thread says the sentence `late` and ends the process. Raises UserError where jax cannot tell who is who."""
+    import jax
+
+    # jax would catch SIGTERM from here on, also before the training loop listens for it: nobody would hear it then.
+    jax.config.update("jax_enable_preemption_service", False)
+    timer = threading.Timer(timeout, _end_late, [late])
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(**processes, initialization_timeout=round(timeout) + _LATER)
+    except ValueError as error:
+        raise UserError(
+            f"jax.distributed cannot tell who the processes of this job are ({error}): name them with --coordinator, "
+            "--processes and --process, on a host alone --coordinator localhost:1234 --processes 1 --process 0"
+        ) from None
+    finally:
+        timer.cancel()
+
+
+def _end_late(sentence: str) -> None:
+    _say(sentence)
+    os._exit(2)
 
 
 def _meet(coordinator: str, processes: int, process: int, timeout: float) -> None:
@@ -73,8 +112,6 @@ def _meet(coordinator: str, processes: int, process: int, timeout: float) -> Non
         raise UserError(f"--coordinator={coordinator!r}: give HOST:PORT of process 0, such as node1:1234")
     if not 0 <= process < processes:
         raise UserError(f"--process={process}: with --processes {processes} it is from 0 to {processes - 1}")
-    if timeout <= 0:
-        raise UserError(f"--join_timeout={timeout:g}: give a positive number of seconds")
     if process == 0:
         lines = _gather(host, int(port), processes, timeout)
         near = _free_port(int(port))
@@ -86,9 +123,8 @@ def _meet(coordinator: str, processes: int, process: int, timeout: float) -> Non
         near = int(peers.answer(line, coordinator, timeout + 10)["service"])  # process 0 names the missing before that
         lines = {0: line}
     _start_watch(lines, processes)
-    import jax
-
-    jax.distributed.initialize(f"{host}:{near}", processes, process, initialization_timeout=round(timeout) + 1)
+    late = f"jax's service at {host}:{near} could not be reached in {timeout:g} s: let this host through to that port"
+    _initialize(timeout, late, coordinator_address=f"{host}:{near}", num_processes=processes, process_id=process)
 
 
 def _gather(host: str, port: int, processes: int, timeout: float) -> dict[int, peers.Line]:
@@ -117,13 +153,20 @@ def _free_port(port: int) -> int:
     raise UserError(f"the ports {port + 1} to {port + NEAR - 1} are all taken: name another one with --coordinator")
 
 
-def _meet_through_jax() -> None:
-    """Where jax found the processes by itself, they learn from a first collective where process 0 listens."""
+def _meet_through_jax(timeout: float) -> None:
+    """Where jax finds the processes by itself, they learn from a first collective where process 0 listens."""
+    _initialize(
+        timeout,
+        f"waited {timeout:g} s for all the processes that the TPU's metadata or mpirun speak of: start the same "
+        "command on every worker, process 0 among them, and look at what the others say",
+    )
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
 
     process, processes = jax.process_index(), jax.process_count()
+    if processes == 1:
+        return
     listener = peers.listen(0)
     address = [_outward_address(), socket.gethostname(), listener.getsockname()[1]]
     told = np.frombuffer(json.dumps(address).encode().ljust(512), np.uint8)

@@ -187,13 +187,16 @@ class Peers:
         self, lines: dict[int, Line], *, processes: int, silence: float = SILENCE, stop: Callable = stop_at_once
     ):
         self._lines, self._processes, self._silence, self._stop = lines, processes, silence, stop
-        self._over = threading.Event()
+        self._over, self._leaving = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
 
     def leave(self, code: int, why: str = "") -> None:
-        """Tells the others that this process ends with `code`; from now on it does not care for them."""
-        self._over.set()
+        """Tells the others that this process ends with `code`. After an error it no longer cares for them; else it
+        watches on, because jax's way out waits for all of them."""
+        self._leaving = True
+        if code:
+            self._over.set()
         for line in self._lines.values():
             line.send(left=code, why=why)
 
@@ -204,7 +207,7 @@ class Peers:
                 selector.register(line.connection, selectors.EVENT_READ, line)
                 line.heard = looked
             beaten = 0.0
-            while not self._over.is_set() and selector.get_map():
+            while not self._over.is_set() and selector.get_map() and not self._all_leave():
                 for key, _ in selector.select(min(BEAT, self._silence) / 4):
                     if not self._hear(key.data):
                         selector.unregister(key.fileobj)
@@ -220,6 +223,9 @@ class Peers:
                 for line in self._lines.values():
                     if not line.left and now - line.heard > self._silence:
                         self._lost(line, f"has not been heard of for {now - line.heard:.0f} s", TRY_AGAIN)
+
+    def _all_leave(self) -> bool:
+        return self._leaving and all(line.left for line in self._lines.values())
 
     def _hear(self, line: Line) -> bool:
         """Takes what arrived on a line; whether it is still open."""

@@ -1,14 +1,15 @@
 # shellcheck shell=bash
-# What the scripts of launch/cloud_tpu and launch/slurm share; sourced, not run. `set -euo pipefail` is theirs. They
-# need bash 4.4.
+# What the scripts of launch/ share; sourced, not run. `set -euo pipefail` is theirs.
 
 name='' dry_run=false rest=()
 
-# A usage error.
+# What the user can mend.
 fail() {
   echo "${0##*/}: $1" >&2
   exit 2
 }
+
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "this is bash $BASH_VERSION: put bash 4.4 or newer on PATH"
 
 # The comment on top of the script.
 usage() {
@@ -55,6 +56,11 @@ parse() {
 # count FLAG VALUE: refuses what is not a positive number.
 count() {
   [[ "$2" =~ ^[1-9][0-9]*$ ]] || fail "$1 $2: give a number of at least 1"
+}
+
+# number FLAG VALUE: refuses what is not a number, 0 among them.
+number() {
+  [[ "$2" =~ ^[0-9]+$ ]] || fail "$1 $2: give a number"
 }
 
 # Runs a command, or prints it with --dry_run.

@@ -84,6 +84,13 @@ class Experiment(Noun):
     def described(self) -> str:
         return "an experiment"
 
+    def changed(self, **fields: Any) -> "Experiment":
+        """The same with other fields. A network that stays is not traced again."""
+        made = dataclasses.replace(self, **fields)
+        if made.model is self.model and made.products is self.products:
+            made._abstract = self._abstract
+        return made
+
     def rerun(self, *, seed: int, warm_start: Callable | None) -> "Experiment":
         """The same from another beginning. It shares every other object, so `Program.rerun` serves it, and its
         operative configuration says what it is."""

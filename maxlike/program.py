@@ -36,13 +36,17 @@ class Program:
     def of(cls, experiment: Experiment, layout: Layout) -> "Program":
         """Derives the abstract state and one sharding tree for it. Raises UserError where a rule does not fit."""
         program = cls(experiment, layout, experiment.abstract_model(), None)
-        state = jax.eval_shape(program._make_state, jnp.zeros((), jnp.uint32))
-        placed = state_shardings(state, program.model.params, program.model.axes, layout)
-        placed["opt"] = experiment.step.moments.place(placed["opt"], state["opt"])
-        program.state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, placed
+        program.state = jax.eval_shape(program._make_state, jnp.zeros((), jnp.uint32))
+        return program.on(layout)
+
+    def on(self, layout: Layout) -> "Program":
+        """The same experiment on another layout; its state is not traced again. Raises UserError as `of` does."""
+        placed = state_shardings(self.state, self.model.params, self.model.axes, layout)
+        placed["opt"] = self.experiment.step.moments.place(placed["opt"], self.state["opt"])
+        state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), self.state, placed
         )
-        return program
+        return Program(self.experiment, layout, self.model, state)
 
     def serves(self, experiment: Experiment) -> bool:
         """Whether the experiment differs in its beginning alone (seed, warm start), as one made by Experiment.rerun."""
@@ -108,6 +112,10 @@ class Program:
     def lower_step(self, batch: dict[str, np.ndarray]) -> jax.stages.Lowered:
         """`(state, batch, allow) -> (state, metrics)` for batches like this one, ready to compile.
         The state is donated; no device is touched."""
+        return self.trace_step(batch).lower()
+
+    def trace_step(self, batch: dict[str, np.ndarray]) -> jax.stages.Traced:
+        """The same traced, which a layout without devices allows too: whatever the layers refuse is refused here."""
         experiment = self.experiment
         self.layout.check_rows(next(iter(batch.values())).shape[0] // experiment.step.micro_batches)
         rate = experiment.optimizer.schedule(experiment.clock)
@@ -128,7 +136,7 @@ class Program:
 
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, self.layout.replicated))
         allow = jax.ShapeDtypeStruct((), jnp.bool_, sharding=self.layout.replicated)
-        return jitted.lower(self.state, self.abstract_batch(batch), allow)
+        return jitted.trace(self.state, self.abstract_batch(batch), allow)
 
     def abstract_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of a whole batch."""

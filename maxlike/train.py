@@ -26,7 +26,8 @@ from maxlike.run_dir import RunDirectory
 from maxlike.sharding import Layout
 from maxlike.watchdog import Watch
 
-AGREE_EVERY = 10  # steps between the agreements of several processes on whether to stop
+AGREE_STEPS = 10  # at most so many steps between the agreements of several processes on whether to stop,
+AGREE_SECONDS = 5.0  # and about so many seconds: a machine that is taken back leaves 30
 
 
 @dataclasses.dataclass
@@ -209,7 +210,7 @@ def _steps(
     allowed = {allow: jax.device_put(np.bool_(allow), program.layout.replicated) for allow in (True, False)}
     part, parts = program.feed
     with training.batches.iterate(step, host=part, hosts=parts) as rows:
-        stop = False
+        stop, requests = False, Requests()
         while step < experiment.steps and not stop:
             step += 1
             waited = time.monotonic()
@@ -225,7 +226,7 @@ def _steps(
                 for hook in experiment.hooks:
                     hook(step, state, metrics)
             with watch("sync", step):
-                stop = _asked_to_stop(step)  # asked once a step, so that stopping and saving go together
+                stop = requests.heard()  # asked once a step, so that stopping and saving go together
             if stop or experiment.checkpoints.due(step) or step == experiment.steps:
                 with watch("sync", step):
                     log.flush()
@@ -237,13 +238,32 @@ def _steps(
     return step, state, stop
 
 
-def _asked_to_stop(step: int) -> bool:
-    """Whether any process was asked to stop. A save is everybody's, so several processes agree on the step."""
-    if jax.process_count() == 1:
-        return interrupt.requested()
-    if step % AGREE_EVERY:
-        return False
-    return bool(np.any(multihost_utils.process_allgather(np.bool_(interrupt.requested()))))
+class Requests:
+    """Whether any process was asked to stop. A save is everybody's, so several processes agree on the step, not after
+    each one: agreeing waits for the steps under way."""
+
+    def __init__(self):
+        self._left = 1  # steps to the next agreement, the same on all processes
+        self._agreed = time.monotonic()
+        self._steps = 1  # since the last one
+
+    def heard(self) -> bool:
+        """Called by every process after every step."""
+        if jax.process_count() == 1:
+            return interrupt.requested()
+        self._left -= 1
+        if self._left:
+            return False
+        mine = np.float32([interrupt.requested(), time.monotonic() - self._agreed])
+        asked, seconds = np.max(multihost_utils.process_allgather(mine), axis=0)
+        self._left = self._steps = agree_after(float(seconds) / self._steps)
+        self._agreed = time.monotonic()
+        return bool(asked)
+
+
+def agree_after(seconds: float) -> int:
+    """Steps to the next agreement where a step takes so many seconds."""
+    return max(1, min(AGREE_STEPS, int(AGREE_SECONDS / max(seconds, 1e-3))))
 
 
 class Rewind(Exception):

@@ -153,22 +153,29 @@ class Watch:
                 for name, at, start, took in list(self._ring)
             ],
         }
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"process_{process}_step_{step}_{phase}.json"
-        write_text(path, json.dumps(record, indent=1))  # before anything that a device which hangs could hold up
+        kept = f"stacks, phases, collectives and memory are in {path}"
         try:
-            found = collectives(self._compiled.as_text(), self._mesh)
-            record["collectives"] = [dataclasses.asdict(collective) for collective in found]
-        except Exception as error:  # whatever it is: this thread has yet to speak, and to end the process where asked
-            record["collectives"] = f"{type(error).__name__}: {error}"
-        write_text(path, json.dumps(record, indent=1))
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(record, indent=1))  # before anything that a device which hangs could hold up
+            record["collectives"] = self._collectives()
+            write_text(path, json.dumps(record, indent=1))
+        except OSError as error:  # the disk may be what the step waits for
+            kept = f"its record could not be written to {path} ({error.strerror})"
         then = "; ending this process, as Watchdog.abort asks" if self._limits.abort else ""
         self._say(
             f"step {step} has been waiting {waited:.1f} s for {_NAMES.get(phase, phase)} (limit {limit:.1f} s): "
-            f"stacks, phases, collectives and memory are in {path}{then}"
+            f"{kept}{then}"
         )
         if self._limits.abort:
             os._exit(TRY_AGAIN)
+
+    def _collectives(self) -> list[dict] | str:
+        try:
+            found = collectives(self._compiled.as_text(), self._mesh)
+            return [dataclasses.asdict(collective) for collective in found]
+        except Exception as error:  # whatever it is: this thread has yet to speak, and to end the process where asked
+            return f"{type(error).__name__}: {error}"
 
 
 _NAMES = {

@@ -14,7 +14,7 @@ from maxlike.guard import Guard
 from maxlike.hooks import Hook, Validate
 from maxlike.metrics import Mean
 from maxlike.step import Step
-from maxlike.train import train
+from maxlike.train import agree_after, train
 from maxlike.warm_start import WarmStart
 from tests import tiny
 
@@ -193,3 +193,8 @@ def test_changed_data_are_refused(straight):
         train(tiny.load("train/sources.Text.end_byte = -150000", "steps = 20"), straight)
     with pytest.raises(UserError, match=r"order .* changed since checkpoint 12"):
         train(tiny.load("experiment.Experiment.seed = 1", "steps = 20"), straight)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, 10), (0.1, 10), (1.0, 5), (2.4, 2), (60.0, 1)])
+def test_processes_agree_often_enough_to_save_before_a_machine_is_taken_back(seconds, steps):
+    assert agree_after(seconds) == steps

@@ -102,20 +102,25 @@ def test_a_watch_is_quiet_over_steps_and_patient_beside_them(tmp_path):
     assert not (tmp_path / "traces").exists()
 
 
-def test_a_run_that_is_to_abort_ends_with_the_code_that_means_try_again(tmp_path):
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_run_that_is_to_abort_ends_with_the_code_that_means_try_again(tmp_path, writable):
+    folder = tmp_path / "traces"
+    if not writable:
+        folder.write_text("a file where the folder should be")
     code = f"""
 import pathlib, threading, jax
 from maxlike.watchdog import Watchdog
 mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 limits = Watchdog(floor=0.05, first=0.05, beside=60.0, abort=True)
-with limits.over(pathlib.Path({str(tmp_path)!r}), jax.jit(lambda x: x).lower(1.0).compile(), mesh, print) as watch:
+with limits.over(pathlib.Path({str(folder)!r}), jax.jit(lambda x: x).lower(1.0).compile(), mesh, print) as watch:
     with watch("step", 1):
         threading.Event().wait(120.0)
 """
     done = subprocess.run([sys.executable, "-u", "-c", code], capture_output=True, text=True)
     assert done.returncode == TRY_AGAIN, done.stderr
     assert "step 1 has been waiting" in done.stdout and "as Watchdog.abort asks" in done.stdout
-    assert (tmp_path / "process_0_step_1_step.json").is_file()
+    assert (folder / "process_0_step_1_step.json").is_file() == writable
+    assert ("could not be written" in done.stdout) != writable
 
 
 @pytest.mark.parametrize("knobs", [{"factor": 1.0}, {"floor": 0.0}, {"first": 9.0}, {"beside": 9.0}])

@@ -5,5 +5,5 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 begin '' '' "$@"
+run rm -rf "${memory:?}" # first: a resume.sh --watch would ask for it again
 run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
-"$dry_run" || rm -rf "${memory:?}"

@@ -12,18 +12,20 @@ checkout="$(git -C "$here" rev-parse --show-toplevel 2> /dev/null)" || fail 'run
 if ! git -C "$checkout" diff --quiet HEAD; then
   echo "${0##*/}: uncommitted changes stay here" >&2
 fi
-archive="$(mktemp -d)/maxlike.tar.gz"
-trap 'rm -r "$(dirname "$archive")"' EXIT
+archive="$memory/maxlike.tar.gz"
+run mkdir -p "$memory"
 run git -C "$checkout" archive --format tar.gz --output "$archive" HEAD
 for node in $(nodes); do
-  run gcloud compute tpus tpu-vm scp "$archive" "$node:maxlike.tar.gz" "${place[@]}" --worker all
+  patiently gcloud compute tpus tpu-vm scp "$archive" "$node:maxlike.tar.gz" "${place[@]}" --worker all
 done
+run rm "$archive"
 install='rm -rf maxlike && mkdir maxlike && tar -xzf maxlike.tar.gz -C maxlike && python3 -m pip install -q --user uv'
 install+=' && python3 -m uv venv -q --allow-existing --python 3.11 maxlike-env'
-install+=" && python3 -m uv pip install -q -p maxlike-env -c maxlike/constraints.txt -e 'maxlike[tpu]'"
+install+=" && python3 -m uv pip install -q -p maxlike-env -c maxlike/constraints.txt -e './maxlike[tpu]'"
 on_workers all "$install"
 if [[ -n "$nfs" ]]; then
-  mount='mkdir -p shared && { mountpoint -q shared || { sudo apt-get install -qq nfs-common'
+  # A new machine installs its own updates first, and holds apt's lock.
+  mount='mkdir -p shared && { mountpoint -q shared || { sudo apt-get -o DPkg::Lock::Timeout=600 install -qq nfs-common'
   on_workers all "$mount && sudo mount -t nfs $(printf '%q' "$nfs") shared; }; }"
 fi
 remember

@@ -1,6 +1,5 @@
 """What to change where a plan does not fit: the three cheapest changes, and what each saves."""
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
 from maxlike.optimizers.moments import Moments
-from maxlike.plan.layouts import with_mesh
+from maxlike.plan.changes import with_mesh, with_micro_batches, with_moments, with_remat
 from maxlike.plan.planned import Plan, analytic
-from maxlike.plan.trace import trace, with_micro_batches, with_remat
+from maxlike.plan.trace import trace
 
 # Bytes/s between a device and its host, in one direction, for what is offloaded: PCIe 4 x16 or 5 x8.
 HOST_BANDWIDTH = 25e9
@@ -86,14 +85,8 @@ def _experiments(plan: Plan) -> Iterator[tuple[str, str, Experiment]]:
                 yield f"mesh {words}", f'--set "sharding.Mesh.shape={shape}"', with_mesh(experiment, shape)
     moments = experiment.step.moments
     if moments.dtype == "float32":
-        changed = _with_moments(experiment, Moments(dtype="bfloat16", memory=moments.memory))
+        changed = with_moments(experiment, Moments(dtype="bfloat16", memory=moments.memory))
         yield "optimizer state in bfloat16", "--overlay memory/bf16_moments", changed
     if moments.memory == "device":
-        changed = _with_moments(experiment, Moments(dtype=moments.dtype, memory="pinned_host"))
+        changed = with_moments(experiment, Moments(dtype=moments.dtype, memory="pinned_host"))
         yield "optimizer state in the host's memory", "--overlay memory/offload_optimizer", changed
-
-
-def _with_moments(experiment: Experiment, moments: Moments) -> Experiment:
-    step = copy.copy(experiment.step)
-    step.moments = moments
-    return dataclasses.replace(experiment, step=step)

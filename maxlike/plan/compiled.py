@@ -11,6 +11,7 @@ from layers import kernels
 from maxlike.collectives import Collective, collectives
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
+from maxlike.plan.changes import on_device
 from maxlike.plan.trace import abstract_batch
 from maxlike.program import Program
 from maxlike.sharding import Layout
@@ -36,6 +37,16 @@ class Compiled:
     def peak(self) -> int:
         """Arguments, and outputs that do not take the place of arguments, and temporaries."""
         return self.arguments + self.outputs - self.aliased + self.temporary
+
+
+def trace_step(experiment: Experiment, layout: Layout, platform: str) -> None:
+    """Traces the step that `compile_step` would compile, on a layout whose devices need not be there.
+
+    Raises what layers and rules refuse, as they do in a run: UserError, or a ValueError of layers/.
+    """
+    batch = abstract_batch(experiment, experiment.batch_size)
+    with kernels.compile_for(platform), kernels.choose("layers", "scan"):
+        Program.of(on_device(experiment), layout).trace_step(batch)
 
 
 class DoesNotFit(Exception):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from maxlike.collectives import Collective
 from maxlike.errors import UserError
@@ -67,7 +67,7 @@ def efficiency(smallest: float) -> float:
 def flops(experiment: Experiment, shares: Shares, trace: Trace) -> float:
     """FLOPs of matrix products that one device does in a step, recomputation included."""
     rows = rows_a_device(experiment, shares) * experiment.step.micro_batches
-    row = sum(w.flops / shares.width_parts(w.sizes) for w in trace.row)
+    row = sum(w.flops / shares.width_parts(w.sizes) for w in _works(shares, trace))
     update = sum(p.flops for p in trace.update) / shares.layout.mesh.size
     return rows * row / shares.context + update
 
@@ -85,11 +85,11 @@ def predict(
     micro = experiment.step.micro_batches
     rows = rows_a_device(experiment, shares)
     share = 1 / shares.context
-    tokens = rows * experiment.sequence_length / shares.context
+    tokens = rows * shares.stage / shares.ticks * experiment.sequence_length / shares.context  # at a time
     seconds = functools.partial(_seconds, shares=shares, tokens=tokens, device=device)
-    compute = micro * rows * share * sum(seconds(work) for work in trace.row)
+    compute = micro * rows * share * sum(seconds(work) for work in _works(shares, trace))
     compute += sum(p.flops for p in trace.update) / shares.layout.mesh.size / (device.peak * EFFICIENCY[-1][1])
-    moved = micro * share * sum(_moved(work, shares, rows, device.platform == "gpu") for work in trace.row)
+    moved = micro * share * sum(_moved(work, shares, rows, device.platform == "gpu") for work in _works(shares, trace))
     state = memory.parameters + memory.optimizer
     moved += 2 * (state + micro * (memory.gradients + memory.kept))
     network, exposed = exchange(collectives, links, compute)
@@ -102,6 +102,19 @@ def predict(
         exposed=exposed,
         bubble=shares.bubble,
     )
+
+
+def _works(shares: Shares, trace: Trace) -> Iterator[Work]:
+    """The products of a row. In a pipeline the layers' forward pass comes once more; in 1F1B every stage has the head
+    of every row, where a device otherwise has that of its own rows."""
+    if shares.one_f_one_b:
+        for work in trace.row:
+            times = shares.stage if trace.vocab in work.sizes else 1
+            yield dataclasses.replace(work, flops=times * work.flops, times=times * work.times)
+    else:
+        yield from trace.row
+    if shares.stage > 1:
+        yield from trace.again
 
 
 def _seconds(work: Work, *, shares: Shares, tokens: float, device: Device) -> float:

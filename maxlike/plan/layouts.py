@@ -23,13 +23,6 @@ from maxlike.sharding import Layout, flat_axes, path_names
 _WORK = ("heads", "kv_heads", "mlp", "vocab", "groups", "positions")
 
 
-def with_mesh(experiment: Experiment, shape: dict[str, int]) -> Experiment:
-    """The experiment with another `Mesh.shape`."""
-    mesh = copy.copy(experiment.mesh)
-    mesh.shape = dict(shape)
-    return dataclasses.replace(experiment, mesh=mesh)
-
-
 def abstract_layout(experiment: Experiment, devices: int) -> Layout:
     """The experiment's mesh over so many devices that need not exist. Raises UserError as `Mesh.open` does."""
     sizes = experiment.mesh.sizes(devices)
@@ -82,12 +75,21 @@ class Shares:
                 "'stage' out of Mesh.shape"
             )
         self.one_f_one_b = isinstance(passed, OneFOneB)
-        self.ticks = 1 if passed is None else passed.micro_batches
-        self.repeats = passed.repeats if isinstance(passed, Circular) else 1
+        repeats = passed.repeats if isinstance(passed, Circular) else 1
+        self._pass_on(1 if passed is None else passed.micro_batches, repeats)
+
+    def _pass_on(self, ticks: int, repeats: int) -> None:
+        self.ticks, self.repeats = ticks, repeats
         try:
             self.bubble = bubble("1f1b" if self.one_f_one_b else "circular", self.stage, self.ticks, self.repeats)
         except ValueError as error:
             raise UserError(str(error)) from error
+
+    def with_ticks(self, ticks: int) -> "Shares":
+        """The same with so many micro-batches in its pipeline, which goes round once."""
+        other = copy.copy(self)
+        other._pass_on(ticks, 1)
+        return other
 
     def parts(self, axes: Iterable[str]) -> int:
         """Devices along some mesh axes."""
@@ -108,6 +110,11 @@ class Shares:
     @property
     def stage(self) -> int:
         return self.parts(self.stage_axes)
+
+    @property
+    def turns(self) -> int:
+        """How often a stage runs its layers, those times among them in which a pipeline fills and drains."""
+        return 1 if self.stage == 1 else self.ticks * self.repeats + self.stage - 1
 
     def _weights(self, experiment: Experiment) -> Iterable[Weight]:
         model = experiment.abstract_model()

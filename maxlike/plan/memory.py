@@ -1,8 +1,8 @@
 """Predicted memory of one device, without compiling: the state exactly, what a step adds to it by formula."""
 
-import copy
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,12 +10,10 @@ import jax.numpy as jnp
 
 from maxlike.experiment import Experiment
 from maxlike.objectives.cross_entropy import CHUNK_BYTES, FEWEST_CHUNKS
-from maxlike.optimizers.moments import Moments
 from maxlike.plan.dispatched import Mixture, mixtures
 from maxlike.plan.layouts import Shares
 from maxlike.plan.trace import Kept, Trace
 from maxlike.program import Program
-from maxlike.sharding import Layout
 
 # Float32 arrays of the size of a chunk of logits, or of a tile of scores, that are alive at a time: the product, its
 # exponential, and its gradient.
@@ -72,15 +70,9 @@ class State:
     other: int
 
     @classmethod
-    def of(cls, experiment: Experiment, layout: Layout) -> "State":
-        """Exact. Raises UserError where the layout does not fit the experiment."""
-        moments = experiment.step.moments
-        on_host = moments.memory != "device"
-        if on_host:  # a mesh without devices cannot say what memories they have
-            step = copy.copy(experiment.step)
-            step.moments = Moments(dtype=moments.dtype, rounding=moments.rounding)
-            experiment = dataclasses.replace(experiment, step=step)
-        state = Program.of(experiment, layout).state
+    def of(cls, program: Program, on_host: bool) -> "State":
+        """Exact. on_host: whether the optimizer's state lies in the host's memory."""
+        state = program.state
         others = {name: leaf for name, leaf in state.items() if name not in ("params", "opt")}
         allowed = 1  # a flag beside the state: whether the update is allowed
         optimizer = 0 if on_host else local_bytes(state["opt"])
@@ -93,11 +85,7 @@ def predict(experiment: Experiment, state: State, shares: Shares, trace: Trace, 
     dtype = jnp.dtype(experiment.step.compute_dtype)
     local = state.parameters
     shape = (experiment.batch_size, experiment.sequence_length)
-    kept = sum(rows * k.a_row / shares.context / _parts(shares, k, trace) for k in trace.kept)
     spread = tuple(mixtures(experiment, shares, trace, rows))
-    kept += sum(m.weight.layers * (m.places - m.choices) * m.kept(remat, shares) for m in spread) * dtype.itemsize
-    if shares.one_f_one_b and shares.stage > 1:
-        kept *= min(1.0, (2 * shares.stage - 1) / shares.ticks)
     waiting = jnp.dtype(experiment.step.accumulate_dtype).itemsize if experiment.step.micro_batches > 1 else 0
     return Memory(
         parameters=state.parameters,
@@ -106,11 +94,11 @@ def predict(experiment: Experiment, state: State, shares: Shares, trace: Trace, 
         batch=6 * 4 * math.prod(shares.layout.batch(shape).shard_shape(shape)),
         gradients=local * (1 + waiting / 4),
         copy=0 if dtype == jnp.float32 else local * dtype.itemsize / 4,
-        kept=kept,
+        kept=_kept(experiment, shares, trace, spread, rows, remat),
         working=max(
             _block(shares, trace, rows, dtype.itemsize)
             + _dispatch(shares, trace, spread, dtype.itemsize)
-            + _gathered(experiment, shares, trace, rows, dtype.itemsize),
+            + _gathered(experiment, shares, trace, rows * shares.stage / shares.ticks, dtype.itemsize),
             _loss(experiment, shares, trace, rows, dtype.itemsize, platform),
         ),
     )
@@ -128,6 +116,30 @@ def chunk(experiment: Experiment, shares: Shares, trace: Trace, platform: str) -
     vocab = trace.vocab // shares.parts(shares.layout.mesh_axes("act_vocab"))
     rows = max(1, int(rows_a_device(experiment, shares)))
     return max(1, min(CHUNK_BYTES[platform] // (4 * rows * vocab), -(-length // FEWEST_CHUNKS)))
+
+
+def _kept(
+    experiment: Experiment, shares: Shares, trace: Trace, spread: tuple[Mixture, ...], rows: float, remat: str
+) -> float:
+    """Activations that wait. Of a pipeline: what a stage's layers began with at each of its turns (of 1F1B, for the
+    micro-batches under way), and what one turn, computed anew, keeps for its backward pass."""
+
+    def whole(kept: Iterable[Kept]) -> float:
+        return sum(rows * k.a_row / shares.context / _parts(shares, k, trace) for k in kept)
+
+    size = jnp.dtype(experiment.step.compute_dtype).itemsize
+    placed = sum(m.weight.layers * (m.places - m.choices) * m.kept(remat, shares) for m in spread) * size
+    if shares.stage == 1:
+        return whole(trace.kept) + placed
+    turn = shares.stage / shares.ticks  # of a micro-batch, in units of a device's own rows
+    begun = rows * turn * experiment.sequence_length / shares.context * trace.dim * size
+    if shares.sequence_parallel:
+        begun /= shares.tensor
+    layers = whole(k for k in trace.kept if k.stacked > 1) + placed
+    rest = whole(k for k in trace.kept if k.stacked == 1)
+    if shares.one_f_one_b:
+        return (2 * shares.stage - 1) * begun + layers / shares.ticks + rest * turn
+    return shares.turns * begun + layers / shares.ticks / shares.repeats + rest
 
 
 def _parts(shares: Shares, kept: Kept, trace: Trace) -> int:

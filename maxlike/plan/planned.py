@@ -5,9 +5,11 @@ import dataclasses
 from maxlike.collectives import Collective
 from maxlike.experiment import Experiment
 from maxlike.plan import estimate, layouts, memory, traffic
+from maxlike.plan.changes import on_device
 from maxlike.plan.compiled import Compiled, DoesNotFit, compile_step
 from maxlike.plan.targets import Target
-from maxlike.plan.trace import Trace, stacks
+from maxlike.plan.trace import Trace
+from maxlike.program import Program
 
 # Of a device's memory, what an analytic plan leaves for workspace and fragmentation. A plan that the compiler for the
 # device itself has made needs none.
@@ -34,7 +36,7 @@ class Plan:
 
     @property
     def remat(self) -> str:
-        return stacks(self.experiment.bare())[0].remat
+        return self.trace.remat
 
     @property
     def devices(self) -> int:
@@ -83,9 +85,8 @@ def analytic(experiment: Experiment, target: Target, traced: Trace, at: "Placed 
     Raises UserError for a mesh that does not fit the experiment."""
     at = Placed.of(experiment, target.count) if at is None else at
     at.shares.layout.check_rows(experiment.batch_size // experiment.step.micro_batches)
-    remat = stacks(experiment.bare())[0].remat
-    predicted = memory.predict(experiment, at.state, at.shares, traced, target.platform, remat)
-    found = tuple(traffic.predict(experiment, at.shares, traced, target.platform, remat))
+    predicted = memory.predict(experiment, at.state, at.shares, traced, target.platform, traced.remat)
+    found = tuple(traffic.predict(experiment, at.shares, traced, target.platform, traced.remat))
     return _timed(Plan(experiment, target, at.shares, traced, predicted, found, None), found)
 
 
@@ -95,11 +96,20 @@ class Placed:
 
     shares: layouts.Shares
     state: memory.State
+    program: Program
 
     @classmethod
-    def of(cls, experiment: Experiment, devices: int) -> "Placed":
+    def of(cls, experiment: Experiment, devices: int, other: "Placed | None" = None) -> "Placed":
+        """other: of the same experiment on another mesh, whose state is not traced again.
+        Raises UserError where the mesh does not fit the experiment."""
         layout = layouts.abstract_layout(experiment, devices)
-        return cls(layouts.Shares(experiment, layout), memory.State.of(experiment, layout))
+        program = Program.of(on_device(experiment), layout) if other is None else other.program.on(layout)
+        state = memory.State.of(program, experiment.step.moments.memory != "device")
+        return cls(layouts.Shares(experiment, layout), state, program)
+
+    def with_ticks(self, ticks: int) -> "Placed":
+        """The same with so many micro-batches in its pipeline."""
+        return dataclasses.replace(self, shares=self.shares.with_ticks(ticks))
 
 
 def _timed(plan: Plan, found: tuple[Collective, ...]) -> Plan:

@@ -183,6 +183,7 @@ def show(told: dict[str, Any], console: Console | None = None) -> None:
         console.print("  none of these fits alone: put several on, take more devices, or let `--search` look")
     if told["search"]:
         console.print(_ranking(told["search"]))
+        console.print(f"to run the first: {told['search'][0]['how']}", soft_wrap=True)
 
 
 def _overview(told: dict[str, Any]) -> Table:
@@ -267,14 +268,19 @@ def _collectives(rows: list[dict[str, Any]]) -> Table:
 
 
 def _ranking(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="meshes by predicted tokens/s", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title="meshes by predicted tokens/s (micro: the step's, x those of a pipeline)",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     for name in ("mesh", "remat", "micro", "tokens/s", "MFU", "peak", "binds", "step time if one thing changes"):
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(
             " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items()),
             row["remat"],
-            str(row["micro_batches"]),
+            str(row["micro_batches"]) + (f" x {piped}" if (piped := row["pipeline_micro_batches"]) else ""),
             quantity(row["tokens_per_second"]),
             f"{100 * row['mfu']:.1f} %",
             quantity(row["peak"], "B"),

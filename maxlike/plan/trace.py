@@ -1,11 +1,10 @@
 """What a step computes and keeps, read from its traced program: no formula by architecture, so every mixer is known."""
 
-import copy
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +18,8 @@ from layers.parts import parts
 from layers.stack import Stack
 from maxlike.errors import UserError
 from maxlike.experiment import Experiment
+from maxlike.objectives.batch import context_of
+from maxlike.plan.changes import with_remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,13 +162,15 @@ def _convolution(equation: Any, times: int) -> Product:
 class Trace:
     """Rows of `sequence_length` tokens through a network, forward and backward, and one update.
 
-    row: the matrix products of a row. kept: what the forward pass keeps for the backward pass. block: what a forward
-    pass that recomputes nothing keeps, of which the backward pass of a block has its share alive. update: products of
-    the optimizer. dim, vocab (padded), blocks (of one period of the stack), depth (all blocks): of the network.
-    flops_per_token: by the convention of `maxlike.mfu`. active: parameters that a token uses.
+    row: the matrix products of a row. again: those of one more forward pass of the repeated layers. kept: what the
+    forward pass keeps for the backward pass. block: what a forward pass that recomputes nothing keeps, of which the
+    backward pass of a block has its share alive. update: products of the optimizer. dim, vocab (padded), blocks (of one
+    period of the stack), depth (all blocks): of the network. flops_per_token: by the convention of `maxlike.mfu`.
+    active: parameters that a token uses. remat: `Stack.remat`.
     """
 
     row: tuple[Work, ...]
+    again: tuple[Work, ...]
     kept: tuple[Kept, ...]
     block: tuple[Kept, ...]
     update: tuple[Product, ...]
@@ -177,6 +180,7 @@ class Trace:
     depth: int
     flops_per_token: float
     active: float
+    remat: str
 
 
 def abstract_batch(experiment: Experiment, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -184,30 +188,6 @@ def abstract_batch(experiment: Experiment, rows: int) -> dict[str, jax.ShapeDtyp
     shape = (rows, experiment.sequence_length)
     fields = ("inputs", "targets", "segment_ids", "positions", "loss_weights", "target_bytes")
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "loss_weights" else jnp.int32) for name in fields}
-
-
-def stacks(network: Any) -> list[Stack]:
-    """The stacks of layers in a network."""
-    return parts(network, Stack)
-
-
-def with_remat(experiment: Experiment, remat: str) -> Experiment:
-    """The experiment with another `Stack.remat`."""
-
-    def model(rngs: Any) -> Any:
-        network = experiment.model(rngs=rngs)
-        for stack in stacks(network):
-            stack.remat = remat
-        return network
-
-    return dataclasses.replace(experiment, model=model)
-
-
-def with_micro_batches(experiment: Experiment, micro_batches: int) -> Experiment:
-    """The experiment with another `Step.micro_batches`."""
-    step = copy.copy(experiment.step)
-    step.micro_batches = micro_batches
-    return dataclasses.replace(experiment, step=step)
 
 
 def trace(experiment: Experiment, platform: str) -> Trace:
@@ -223,10 +203,11 @@ def trace(experiment: Experiment, platform: str) -> Trace:
     with kernels.compile_for(platform), kernels.choose("layers", "scan"):
         row, kept = _works(experiment), _kept(experiment)
         block = kept
-        if any(stack.remat != "none" for stack in stacks(experiment.bare())):
+        if any(stack.remat != "none" for stack in parts(experiment.bare(), Stack)):
             block = _kept(with_remat(experiment, "none"))
         return Trace(
             row=row,
+            again=_again(experiment),
             kept=kept,
             block=block,
             update=_update(experiment),
@@ -236,15 +217,36 @@ def trace(experiment: Experiment, platform: str) -> Trace:
             depth=len(stack.prefix) + stack.repeats * len(stack.periods) + len(stack.suffix),
             flops_per_token=network.flops_per_token(experiment.sequence_length),
             active=active_parameters(network),
+            remat=network.stack.remat,
         )
 
 
 def _works(experiment: Experiment) -> tuple[Work, ...]:
     model = experiment.abstract_model()
     differentiate = jax.value_and_grad(functools.partial(_loss, experiment), argnums=(0, 1))
+    return _of_a_row(lambda rows: (differentiate, (model.params, model.buffers, abstract_batch(experiment, rows))))
+
+
+def _again(experiment: Experiment) -> tuple[Work, ...]:
+    """Of a forward pass of the repeated layers alone: what a pipeline computes once more."""
+    model, dtype = experiment.abstract_model(), jnp.dtype(experiment.step.compute_dtype)
+
+    def forward(params: dict, buffers: dict, batch: dict, x_BTD: jax.Array) -> jax.Array:
+        network = model.merge(model.cast(params, dtype), buffers)
+        ctx = network.context(batch["inputs"], context_of(batch, jax.random.key(0)))
+        return network.stack.run_periods(network.stack.periods, x_BTD, ctx, 0)[0]
+
+    def of_rows(rows: int) -> tuple[Callable, tuple]:
+        x = jax.ShapeDtypeStruct((rows, experiment.sequence_length, experiment.bare().dim), dtype)
+        return forward, (model.params, model.buffers, abstract_batch(experiment, rows), x)
+
+    return _of_a_row(of_rows)
+
+
+def _of_a_row(of_rows: Callable[[int], tuple[Callable, tuple]]) -> tuple[Work, ...]:
+    """The products of a function. of_rows: number of rows -> the function, its abstract arguments."""
     one, two = (
-        products(jax.make_jaxpr(differentiate)(model.params, model.buffers, abstract_batch(experiment, rows)).jaxpr)
-        for rows in (1, 2)
+        products(jax.make_jaxpr(function)(*arguments).jaxpr) for function, arguments in (of_rows(1), of_rows(2))
     )
     return tuple(itertools.starmap(Work.between, zip(one, two, strict=True)))
 
@@ -265,7 +267,7 @@ def _kept(experiment: Experiment) -> tuple[Kept, ...]:
         jax.tree.leaves(jax.eval_shape(residuals, model.params, model.buffers, abstract_batch(experiment, rows)))
         for rows in (1, 2)
     )
-    repeats = {stack.repeats for stack in stacks(experiment.bare())}
+    repeats = {stack.repeats for stack in parts(experiment.bare(), Stack)}
     return tuple(
         Kept(frozenset(a.shape), _bytes(b) - _bytes(a), a.shape[0] if len(a.shape) > 1 and a.shape[0] in repeats else 1)
         for a, b in zip(one, two, strict=True)

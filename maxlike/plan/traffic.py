@@ -46,8 +46,12 @@ class _Job:
     def __init__(self, shares: Shares, platform: str, micro: int, size: int, stream: float, trace: Trace):
         self.shares, self.micro, self.size, self.stream, self.trace = shares, micro, size, stream, trace
         self.on_cpu = platform == "cpu"
-        # Times that a stage runs its layers: a pipeline's micro-batches, and the ticks in which it fills and drains.
-        self.turns = 1 if shares.stage == 1 else shares.ticks * shares.repeats + shares.stage - 1
+        # A pipeline computes a stage's forward pass anew; at each of its turns (it works on anything while it fills and
+        # drains) a stage has `turn` bytes of the stream in its part of the layers, all layers having had it `rounds`
+        # times in the end.
+        self.anew = 0 if shares.stage == 1 else 1
+        self.turn = stream * shares.stage / shares.ticks
+        self.rounds = micro * shares.turns / (shares.stage * shares.repeats)
 
     def _make(self, kind: str, axes: tuple[str, ...], array: float, times: float, name: str) -> Collective:
         axes, n = tuple(axis for axis in self.shares.sizes if axis in axes), self.shares.parts(axes)
@@ -76,7 +80,7 @@ class _Job:
         return weight.axes[0] == "vocab" and not any(w.axes == ("embed", "vocab") for w in self.shares.weights)
 
     def _ordinary(self, weight: Weight, remat: str) -> Iterator[Collective]:
-        shares, layers = self.shares, max(weight.layers / self.shares.stage, 1) * self.turns
+        shares, layers = self.shares, max(weight.layers / self.shares.stage, 1) * self.shares.turns
         within = [axis for axis in weight.cut if axis not in shares.stage_axes]
         whole = weight.size / weight.layers / shares.parts(within) * self.size
         rest = tuple(a for a in shares.batch_axes + shares.length_axes if a not in (*weight.stored, *weight.cut))
@@ -107,7 +111,7 @@ class _Job:
         if shares.parts(weight.stored) > 1:
             part = self.stream / shares.parts(weight.cut)
             if shares.one_f_one_b:
-                part *= shares.stage * self.turns / shares.ticks
+                part *= shares.stage * shares.turns / shares.ticks
                 table = weight.size * self.size / shares.parts(weight.cut)
                 yield self._make("all-gather", weight.stored, table, self.micro, weight.name)
             yield self._make("all-to-all", weight.stored, part, 2 * self.micro, weight.name)
@@ -139,12 +143,13 @@ class _Job:
         blocks = self.trace.depth
         kind = "branches"
         if shares.sequence_parallel:
-            yield self._make("all-gather", axes, self.stream, self.micro * out * (2 + again[0]), kind)
+            yield self._make("all-gather", axes, self.turn, self.rounds * out * (2 + self.anew + again[0]), kind)
         else:
             again = (0.0, again[1])
         # The last output of a block is not needed to recompute it.
-        yield self._sum(axes, self.stream, self.micro * (out + again[1] * (out - blocks)), kind)
-        yield self._sum(axes, self.stream, self.micro * into, kind)
+        passes = out * (1 + self.anew) + again[1] * (out - blocks)
+        yield self._sum(axes, self.turn, self.rounds * passes, kind)
+        yield self._sum(axes, self.turn, self.rounds * into, kind)
         yield self._make("all-gather", axes, self.stream, self.micro, "loss")
         yield self._make("all-reduce", axes, self.stream, self.micro, "loss")
 
@@ -155,43 +160,47 @@ class _Job:
         """Context parallel: keys and values go once round the ring forward, and backward again with their gradients,
         which are float32 until they go home. Gathered: all to every device, gradients summed on the way back."""
         shares, axes = self.shares, self.shares.length_axes
-        again = 1 if remat == "full" else 0
+        again = self.anew + (1 if remat == "full" else 0)
         kv = sum(
             w.layers * math.prod(w.shape[2:]) / shares.parts(a for a in w.cut if a in shares.tensor_axes)
             for w in shares.weights
-            if w.layers > 1 and w.axes[1:3] == ("embed", "kv_heads")
+            if w.layers > 1 and w.axes[1:3] in (("embed", "kv_heads"), ("latent_in", "kv_heads"))
         )
-        part = self.stream / self.trace.dim * kv  # keys and values of all layers, of a device's own positions
+        # Keys and values of the layers and positions that a device has at a time.
+        part = self.turn / self.trace.dim * kv / (shares.stage * shares.repeats)
+        times = self.micro * shares.turns
         if shares.layout.keys == "gather":
             whole = part * shares.context
-            yield self._make("all-gather", axes, whole, self.micro * (1 + again), "keys")
-            yield self._make("reduce-scatter", axes, whole, self.micro, "keys")
+            yield self._make("all-gather", axes, whole, times * (1 + again), "keys")
+            yield self._make("reduce-scatter", axes, whole, times, "keys")
         else:
             hops = (2 + again + 4 / self.size) * (shares.context - 1) + 1
-            yield self._make("collective-permute", axes, part * hops, self.micro, "ring")
+            yield self._make("collective-permute", axes, part * hops, times, "ring")
 
     def exchange(self, spread: Iterable[Mixture], remat: str) -> Iterator[Collective]:
         """Expert parallel: rows to their experts and back, forward and backward, and the first two once more where the
         backward pass computes them anew. Empty places travel too."""
         axes = self.shares.expert_axes
-        again, row = 0 if remat == "none" else 1, self.trace.dim * self.size
+        again, row = self.anew + (0 if remat == "none" else 1), self.trace.dim * self.size * self.turn / self.stream
         for mixture in spread:
-            name, times = mixture.weight.name, mixture.weight.layers * self.micro
+            name, times = mixture.weight.name, mixture.weight.layers * self.rounds
             if mixture.kind == "all_to_all":
                 yield self._make("all-to-all", axes, mixture.places * row, times * (4 + 2 * again), name)
             elif mixture.kind == "gather":
                 yield self._make("all-gather", axes, mixture.gathered * row, times * (2 + again), name)
                 yield self._make("reduce-scatter", axes, mixture.gathered * row, times * 2, name)
             else:
-                yield self._make("all-reduce", axes, self.stream, times * 2, name)
+                yield self._make("all-reduce", axes, self.turn, times * 2, name)
 
     def stages(self) -> Iterator[Collective]:
         """Pipeline: each tick the stream of a micro-batch to the next stage, its gradient back. The circular one brings
         rows to the first stage and from it back to theirs."""
-        part = self.stream * self.shares.stage / self.shares.ticks
-        if self.shares.sequence_parallel:
-            part /= self.shares.tensor
-        yield self._make("collective-permute", self.shares.stage_axes, part, 2 * self.micro * self.turns, "stages")
+        cut = self.shares.tensor if self.shares.sequence_parallel else 1
+        yield self._make(
+            "collective-permute", self.shares.stage_axes, self.turn / cut, 2 * self.micro * self.shares.turns, "stages"
+        )
         if not self.shares.one_f_one_b:
             rows = 2 * 2 * (self.shares.stage - 1) * self.micro
-            yield self._make("collective-permute", self.shares.stage_axes, self.stream, rows, "rows of the stages")
+            yield self._make(
+                "collective-permute", self.shares.stage_axes, self.stream / cut, rows, "rows of the stages"
+            )

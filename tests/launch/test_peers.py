@@ -47,7 +47,7 @@ class Job:
 
     def close(self):
         for watch in self.watches.values():
-            watch.leave(0)
+            watch.leave(1)  # which, unlike 0, ends the watch
         self.listener.close()
 
 
@@ -79,14 +79,24 @@ def test_the_end_of_process_0_is_noticed_by_all():
 
 
 def test_a_goodbye_is_no_loss_and_an_error_is_passed_on():
-    job = Job(3, watched=[0, 1, 2])
-    job.watches[2].leave(0)
+    job = Job(3, watched=[0, 1])
+    job.lines[2].send(left=0, why="")
     vanish(job.lines[2])
     job.watches[1].leave(2, "the disk is full: free some")
     process, sentence, code = job.end()
     assert (process, code) == (0, 2)
     assert "stopped with exit code 2: the disk is full: free some" in sentence
     assert job.ends.empty()
+    job.close()
+
+
+def test_a_process_on_its_way_out_still_learns_who_it_waits_for():
+    job = Job(3, watched=[0, 1])
+    job.watches[1].leave(0)
+    vanish(job.lines[2])
+    ends = sorted(job.end() for _ in range(2))
+    assert [(process, code) for process, _, code in ends] == [(0, TRY_AGAIN), (1, TRY_AGAIN)]
+    assert all(sentence.startswith("process 2 ") for _, sentence, _ in ends)
     job.close()
 
 

@@ -16,7 +16,7 @@ from maxlike.convert import families
 from maxlike.convert.export_job import describe, export
 from maxlike.convert.structure import Structure
 from maxlike.errors import UserError
-from maxlike.plan import layouts
+from maxlike.plan import changes, layouts
 from maxlike.program import Program
 from maxlike.tool import Tool
 from maxlike.train import train
@@ -90,7 +90,7 @@ def test_the_rule_names_arms_that_are_there():
 
 def test_the_fullest_arm_is_planned_for_many_devices():
     """Its gains are scalars, its projections ordinary weights between tables."""
-    experiment = layouts.with_mesh(load("osp", "papers/outlier_safe/v5p"), {"fsdp": 4, "tensor": 2})
+    experiment = changes.with_mesh(load("osp", "papers/outlier_safe/v5p"), {"fsdp": 4, "tensor": 2})
     shares = layouts.Shares(experiment, layouts.abstract_layout(experiment, 8))
     kinds = {weight.name: (weight.layers, weight.stored, weight.cut) for weight in shares.weights}
     assert kinds["embed/projection/kernel"] == (1, ("fsdp",), ())

@@ -7,11 +7,11 @@ import pytest
 from maxlike import config
 from maxlike.collectives import by_axis
 from maxlike.plan import layouts, planned, targets
+from maxlike.plan.changes import with_mesh, with_remat
 from maxlike.plan.compiled import compile_step
 from maxlike.plan.dispatched import mixtures
-from maxlike.plan.layouts import with_mesh
 from maxlike.plan.memory import rows_a_device
-from maxlike.plan.trace import trace, with_remat
+from maxlike.plan.trace import trace
 
 # Wide rows of few experts each, so that what dispatch sends and holds is most of what there is.
 MIXTURE = [

@@ -14,10 +14,10 @@ from maxlike.collectives import by_axis
 from maxlike.errors import UserError
 from maxlike.mfu import DEVICES
 from maxlike.plan import advice, estimate, planned, ranking, targets
+from maxlike.plan.changes import with_mesh, with_micro_batches, with_pipeline, with_remat
 from maxlike.plan.compiled import compile_step
-from maxlike.plan.layouts import with_mesh
 from maxlike.plan.plan import plan
-from maxlike.plan.trace import abstract_batch, products, trace, with_micro_batches, with_remat
+from maxlike.plan.trace import abstract_batch, products, trace
 
 TOY = [
     "dim = 256",
@@ -51,10 +51,13 @@ def traces(toy):
         ({"fsdp": 4, "tensor": 2}, "none", 1),
         pytest.param({"fsdp": 2, "tensor": 4}, "full", 2, marks=pytest.mark.large),
         pytest.param({"data": 2, "fsdp": 4}, "full", 1, marks=pytest.mark.large),
+        ({"stage": 2, "fsdp": 2, "tensor": 2}, "none", 1),
     ],
 )
 def test_formulas_agree_with_the_compiler(toy, traces, shape, remat, micro_batches):
     experiment = with_micro_batches(with_mesh(with_remat(toy, remat), shape), micro_batches)
+    if "stage" in shape:
+        experiment = with_pipeline(experiment, 8)
     predicted = planned.analytic(experiment, CPU, traces[remat])
     made = compile_step(experiment, experiment.mesh.open(), "cpu")
     assert predicted.memory.arguments == made.arguments
@@ -212,7 +215,7 @@ def found(toy):
 def test_search_ranks_what_fits_and_says_what_binds(toy, found):
     v5e = targets.find(None, "v5e", 8)
     best = min((made for made in found.values() if made.fits), key=lambda made: made.time.step)
-    ranked = ranking.rank(planned.analytic(with_mesh(toy, {"fsdp": 8}), v5e, best.trace), 4, found)
+    ranked = ranking.rank(toy, v5e, 4, found)
     assert len(ranked) == 4
     assert ranked[0].plan.time.step == best.time.step
     speeds = [candidate.plan.tokens_per_second for candidate in ranked]
@@ -234,7 +237,7 @@ def test_nothing_fits_names_the_least_memory(toy, found):
     )
     made = {key: dataclasses.replace(p, target=tiny) for key, p in found.items()}
     with pytest.raises(UserError, match="nothing fits toy: the least that a device needs is"):
-        ranking.rank(next(iter(made.values())), 4, made)
+        ranking.rank(toy, tiny, 4, made)
 
 
 def test_three_changes_where_it_does_not_fit(toy, traces):
@@ -301,7 +304,7 @@ def test_a_missing_libtpu_names_the_wheel(monkeypatch):
 
 
 def test_a_search_in_vain_leaves_the_plan_and_the_changes(toy, tmp_path, monkeypatch, capsys):
-    def in_vain(made, top):
+    def in_vain(experiment, target, top):
         raise UserError("nothing fits: 8 devices are enough")
 
     monkeypatch.setattr(ranking, "rank", in_vain)
