@@ -26,6 +26,7 @@ TINY = [
     "experiment.Experiment.sequence_length = 512",
     "experiment.Experiment.optimizer = @adamw.AdamW()",
     "experiment.Experiment.hooks = ()",
+    "stack.Stack.scan = True",
 ]
 V5E = targets.find(None, "v5e", 8)
 
@@ -57,16 +58,21 @@ def step(how: str, *bindings: str):
     return experiment, dict(program.layout.mesh.shape), float(metrics["loss"])
 
 
-@pytest.mark.parametrize(("axis", "rows"), [("stage", 8), ("context", 4)])
-def test_what_is_found_is_run_by_the_words_that_it_says(axis, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("axis", "small"),
+    [
+        ("stage", ("depth = 2", "experiment.Experiment.sequence_length = 64")),
+        ("context", ("depth = 2", "experiment.Experiment.batch_size = 4")),
+    ],
+)
+def test_what_is_found_is_run_by_the_words_that_it_says(axis, small, monkeypatch):
     monkeypatch.setattr(candidates, "REMAT", ("full",))
-    few = f"experiment.Experiment.batch_size = {rows}"
-    found = ranking.evaluate(load(few), V5E)
+    found = ranking.evaluate(load(*small), V5E)
     of_axis = {key: made for key, made in found.items() if axis in dict(key[0])}
-    best = ranking.rank(load(few), V5E, 1, of_axis)[0]
+    best = ranking.rank(load(*small), V5E, 1, of_axis)[0]
     told = best.plain()
     assert (told["pipeline_micro_batches"] is not None) == (axis == "stage")
-    experiment, mesh, loss = step(told["how"], few)
+    experiment, mesh, loss = step(told["how"], *small)
     assert mesh == told["mesh"] and math.prod(mesh.values()) == 8
     assert experiment.step.micro_batches == told["micro_batches"]
     again = planned.analytic(experiment, V5E, trace(experiment, "tpu"))
