@@ -47,6 +47,9 @@ def check(experiment: Experiment, run_dir: pathlib.Path, *, rows: str | None = N
         resume: restored against straight on, bit for bit; decode: a cache against the whole row; recurrent: token by
         token against the row at once; export: Hugging Face files written and read.
 
+    Losses and gradients may differ by 1e-5 of a tensor's magnitude, and by more only where a move of the parameters by
+    their last bit does as much to the same twin: then the row says so.
+
     Data are made-up documents; the experiment's own transforms are not run. A row that cannot be run is listed with the
     reason. Ends with exit code 1 where a row fails. The twin's gin file, the table, and the traceback of a row that
     broke lie in RUN_DIR/check.

@@ -17,8 +17,9 @@ from layers.encoder_decoder import EncoderDecoder
 from layers.language_model import LanguageModel
 from maxlike import checkpoint_tree, config
 from maxlike.check import documents, watch
-from maxlike.check.compare import METRICS, Comparison, Record, by_depth, compare
+from maxlike.check.compare import Comparison, Record, compare
 from maxlike.check.shrink import Bindings, Change, shrink
+from maxlike.check.steps import moved_by_a_bit, records
 from maxlike.check.variant import LeftOut, Recorder, Row, Variant, broken
 from maxlike.convert.structure import Structure
 from maxlike.data.data import Batches
@@ -31,6 +32,7 @@ from maxlike.refusals import is_refusal
 STEPS = 2  # updates a variant makes: the second one reads what the first one wrote
 NOISE = 0.05  # added to every parameter, so that none that begins at zero hides a mistake
 DEVICES = (8, 4, 2)  # how many a mesh gets: fewer where it refuses the twin on more
+MOVED = 3  # times that a reference is computed anew where a row departs from it
 DEEP = 6  # periods of a twin that a pipeline of several rounds needs
 Lines = Sequence[str]  # gin bindings
 
@@ -220,17 +222,14 @@ class Subject:
     def run(self, variant: Variant, batches: Sequence[dict[str, np.ndarray]]) -> Record:
         """Metrics, gradients and buffers of each step, and the parameters at the end, from `start`."""
         program, lowered = self.lower(variant, batches[0])
-        compiled = lowered.compile()
-        state = jax.device_put(self.start_of(variant.experiment), program.shardings)
-        allow = jax.device_put(np.bool_(True), variant.layout.replicated)
-        structure, record = Structure(variant.experiment.bare()), {}
-        for number, batch in enumerate(batches, 1):
-            state, metrics = compiled(state, program.put(batch), allow)
-            order = sorted(metrics, key=lambda name: (name != "loss", name == "grad_norm", name))
-            record[f"{METRICS} of step {number}"] = {name: np.asarray(metrics[name]) for name in order}
-            record[f"gradients of step {number}"] = by_depth(state["opt"]["gradient"], structure)
-            record[f"buffers after step {number}"] = by_depth(state["buffers"], structure, buffers=True)
-        return record | {"parameters at the end": by_depth(state["params"], structure)}
+        return next(records(program, lowered.compile(), [self.start_of(variant.experiment)], batches))
+
+    def moved(self, variant: Variant) -> list[Record]:
+        """What a variant computes on the first batches from starts whose parameters are moved by their last bit."""
+        start = self.start_of(variant.experiment)
+        starts = (start | {"params": moved_by_a_bit(start["params"], seed)} for seed in range(MOVED))
+        program, lowered = self.lower(variant, self.batches[0])
+        return list(records(program, lowered.compile(), starts, self.batches))
 
     def forward(self, variant: Variant, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What every layer gives for a batch, in order of depth; empty for a network without stacks."""
@@ -256,11 +255,18 @@ class Subject:
             given = {name: x[:, back] for name, x in given.items()}
         return {name: given[name] for name in names}
 
-    def against(self, one: Variant, other: Variant, tolerance: float) -> Comparison:
-        """Compares two variants over the batches. Where they depart, the forward passes are looked at layer by layer,
-        for a gradient or a metric departs at once whichever layer is at fault."""
-        result = compare(self.record(one), self.record(other), tolerance)
-        return self.located(result, one, other) if result.first is not None else result
+    def against(
+        self, one: Variant, other: Variant, tolerance: float, seen: Callable[[Record], Record] = lambda record: record
+    ) -> Comparison:
+        """Compares what is `seen` of two variants over the batches. Where they depart, the other one is moved by a bit,
+        to know what rounding alone does to this twin; where they still do, the forward passes are looked at layer by
+        layer, for a gradient or a metric departs at once whichever layer is at fault."""
+        records = seen(self.record(one)), seen(self.record(other))
+        result = compare(*records, tolerance)
+        if result.first is None:
+            return result
+        result = compare(*records, tolerance, [seen(record) for record in self.moved(other)])
+        return result if result.first is None else self.located(result, one, other)
 
     def located(self, result: Comparison, one: Variant, other: Variant) -> Comparison:
         """A comparison that departs, with the first layer whose output does."""
@@ -278,8 +284,9 @@ class Subject:
             return Row(name, compared, None, str(why), failed=False)
         except Exception as error:
             return broken(name, compared, error)
-        failed = result.first is not None
-        return Row(name, compared, result, result.first if failed else remark, failed)
+        if result.first is not None:
+            return Row(name, compared, result, result.first, failed=True)
+        return Row(name, compared, result, "; ".join(filter(None, (remark, result.remark))), failed=False)
 
     @functools.cached_property
     def leaves(self) -> dict[str, jax.Array]:

@@ -68,16 +68,18 @@ def _mesh(subject: Subject, name: str, overlays: tuple[str, ...]) -> Iterator[Ro
     def judge() -> Comparison:
         used.append(on_mesh(subject, overlays))
         variant, single, _ = used[0]
-        if not variant.staged:
-            return subject.against(variant, single, EXACT)
-        return compare(_totals(subject.record(variant)), _totals(subject.record(single)), EXACT)
+        if variant.staged:
+            return subject.against(variant, single, EXACT, _totals)
+        return subject.against(variant, single, EXACT)
 
     row = subject.row(name, f"loss and gradients on {name} against one device", judge)
     if not used:
         yield row
         return
     variant, single, remark = used[0]
-    yield dataclasses.replace(row, note=row.note or remark)
+    if row.result is not None and not row.failed:
+        row = dataclasses.replace(row, note="; ".join(filter(None, (remark, row.note))))
+    yield row
     for op in sorted(_ops(subject, variant) - _ops(subject, single)):
         for implementation in _others(op):
             row_name = f"kernels/{name.removeprefix('mesh/')}/{op}={implementation}"
@@ -155,8 +157,7 @@ def accumulation(subject: Subject) -> Iterator[Row]:
         need_sums(subject)
         one = subject.variant([*lines, *subject.bindings.override("Step", "micro_batches", 2)])
         other = subject.variant(lines)
-        result = compare(_totals(subject.record(one)), _totals(subject.record(other)), EXACT)
-        return result if result.first is None else subject.located(result, one, other)
+        return subject.against(one, other, EXACT, _totals)
 
     yield subject.row("accumulation", "2 micro-batches against one batch", judge, remark)
 

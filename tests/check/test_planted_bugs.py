@@ -1,5 +1,5 @@
-"""Ten mistakes of the kind that trains on without a word, each planted at one place of the library: the row that should
-catch it does, and names the tensor, and the same row is green without it."""
+"""Eleven mistakes of the kind that trains on without a word, each planted at one place of the library: the row that
+should catch it does, and names the tensor, and the same row is green without it."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import axes, balance, kernels, rope, stack
+from layers import axes, balance, kernels, pipeline, rope, stack
 from maxlike import checkpoint, config, program, step
 from maxlike.check import check
 from maxlike.convert import export_job
@@ -27,9 +27,11 @@ SPARSE = (
     "moe.MoE.losses = (@balance.LoadBalance,)",
     "balance.LoadBalance.coefficient = 1e-3",
 )
+DEEP = ("families/linear_attention", ADAMW)  # whose twin of 7 layers makes much of a bit
 ROWS = {
     DENSE: ("packed", "accumulation", "placed/fsdp", "resume", "export", "mesh/context"),
     SPARSE: ("balance", "scan"),
+    DEEP: ("mesh/pipeline_repeats",),
 }
 
 
@@ -108,6 +110,19 @@ def double_counted_loss_under_accumulation(patch):
     patch.setattr(step.Step, "_gradients", double)
 
 
+def micro_batches_summed_in_bfloat16_by_a_pipeline(patch):
+    """Each micro-batch's gradient is rounded before it is added."""
+
+    @jax.custom_vjp
+    def narrow(p, wide):
+        return p
+
+    narrow.defvjp(
+        lambda p, wide: (p, None), lambda _, g: (jnp.zeros_like(g), g.astype(jnp.bfloat16).astype(jnp.float32))
+    )
+    patch.setattr(pipeline, "_sum_widely", narrow)
+
+
 def wrong_expert_bias_sign(patch):
     """The rule favours those who have most."""
     rule = balance.SignBias.__call__
@@ -155,6 +170,7 @@ BUGS = [
     (unsharded_moments, DENSE, "placed/fsdp", "opt/"),
     (off_by_one_rope_under_context_parallel, DENSE, "mesh/context", "output: stack/0"),
     (double_counted_loss_under_accumulation, DENSE, "accumulation", "metrics of step 1: grad_norm"),
+    (micro_batches_summed_in_bfloat16_by_a_pipeline, DEEP, "mesh/pipeline_repeats", "gradients of step 1: "),
     (wrong_expert_bias_sign, SPARSE, "balance", "router/bias"),
     (dropped_last_partial_batch_on_resume, DENSE, "resume", "batch of step 3: inputs"),
     (tied_head_untied_on_export, DENSE, "export", "network: head/linear/kernel"),
@@ -168,6 +184,7 @@ SLOW = {
     segment_ids_as_loss_weights,
     aux_loss_lost_in_scan,
     double_counted_loss_under_accumulation,
+    micro_batches_summed_in_bfloat16_by_a_pipeline,
     wrong_expert_bias_sign,
 }
 
