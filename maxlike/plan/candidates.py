@@ -1,5 +1,6 @@
 """Which meshes, remat policies and micro-batches `--search` looks at."""
 
+import math
 from collections.abc import Iterator
 
 from maxlike.experiment import Experiment
@@ -39,14 +40,14 @@ def meshes(experiment: Experiment, devices: int, platform: str) -> Iterator[dict
 
     stage: powers of two up to DEEPEST that divide the periods of the layers. context: powers of two that leave a device
     SHORTEST tokens of a row, or SHORTEST_OF_FEW where there are more devices than rows. The experiment's own sizes of
-    both besides. None of an axis that the network refuses when it is the only one, or that has no rule.
+    both besides. None of an axis without a rule, or that the network refuses by itself.
     """
     axes = {axis for weight in flat_axes(experiment.abstract_model().axes).values() for axis in weight}
     shortest = SHORTEST if devices <= experiment.batch_size else SHORTEST_OF_FEW
     longest = experiment.sequence_length // shortest
     stages = _sizes(experiment, "stage", "layers", DEEPEST, platform)
     periods = experiment.bare().stack.repeats
-    least = 2 if isinstance(experiment.step.gradients, OneFOneB) else 1  # it has no step without stages
+    least = 2 if one_f_one_b(experiment) else 1
     stages = [stage for stage in stages if stage >= least and periods % stage == 0]
     contexts = _sizes(experiment, "context", "length", longest, platform)
     for stage, context in ((s, c) for s in stages for c in contexts if devices % (s * c) == 0):
@@ -66,17 +67,24 @@ def _sizes(experiment: Experiment, name: str, logical: str, most: int, platform:
     sizes = {1, own} | {2**i for i in range(1, most.bit_length())}
     if len(sizes) == 1 or name not in (experiment.mesh.rules.get(logical) or ()):
         return [1]
-    alone = with_mesh(experiment, {name: max(own, 2)})
-    if name == "stage" and own_ticks(experiment) is None:
+    shape, ticks = {name: max(own, 2)}, own_ticks(experiment)
+    if one_f_one_b(experiment):
+        shape = {"stage": max(experiment.mesh.shape.get("stage", 1), 2)} | shape
+    devices = math.prod(shape.values())
+    alone = with_mesh(experiment, shape).changed(batch_size=devices * (ticks or 1) * experiment.step.micro_batches)
+    if name == "stage" and ticks is None:
         alone = with_pipeline(alone, 1)
-    rows = max(own, 2) * (own_ticks(experiment) or 1) * experiment.step.micro_batches
-    refused = refusal(alone.changed(batch_size=rows), max(own, 2), platform)
-    return [1] if refused is not None else sorted(sizes)
+    return [1] if refusal(alone, devices, platform) is not None else sorted(sizes)
+
+
+def one_f_one_b(experiment: Experiment) -> bool:
+    """Whether the experiment has a schedule that has no step without stages."""
+    return isinstance(experiment.step.gradients, OneFOneB)
 
 
 def own_ticks(experiment: Experiment) -> int | None:
     """Micro-batches of the experiment's own pipeline, whose knobs stay as they are; None where it has none."""
-    if isinstance(experiment.step.gradients, OneFOneB):
+    if one_f_one_b(experiment):
         return experiment.step.gradients.micro_batches
     pipeline = experiment.bare().stack.pipeline
     return None if pipeline is None else pipeline.micro_batches
@@ -88,13 +96,13 @@ def micro_batches(experiment: Experiment, shares: Shares) -> list[int]:
     return sorted(m for m in wanted if experiment.batch_size % (m * shares.batch) == 0)
 
 
-def ticks(experiment: Experiment, shares: Shares, micro: int) -> list[int]:
-    """Micro-batches of a pipeline: the experiment's own; else 4, 8 and 16 a stage (a bubble of less than a fifth, a
-    ninth, a sixteenth), or where the rows are too few the most that they allow. [1] without stages."""
+def ticks(experiment: Experiment, shares: Shares, micro: int, own: int | None) -> list[int]:
+    """Micro-batches of a pipeline: `own`, those of the experiment's own; where it has none 4, 8 and 16 a stage (bubbles
+    of less than 1/5, 1/9, 1/17), or where the rows are too few the most that they allow. [1] without stages."""
     if shares.stage == 1:
         return [1]
     rows = experiment.batch_size // micro  # all other devices have a part of each
-    own, others = own_ticks(experiment), shares.batch // shares.stage
+    others = shares.batch // shares.stage
     wanted = [times * shares.stage for times in (16, 8, 4, 2, 1)] if own is None else [own]
     fitting = [count for count in wanted if rows % (count * others) == 0]
     return [count for count in fitting if own is not None or count >= 4 * shares.stage] or fitting[:1]

@@ -54,12 +54,15 @@ class Shares:
     """Into how many parts a layout cuts rows, positions, widths and layers, and the weights with them."""
 
     def __init__(self, experiment: Experiment, layout: Layout):
-        self.layout = layout
+        self.layout, self._width_parts = layout, {}
         self.sizes = dict(layout.mesh.shape)
         self.batch_axes, self.length_axes = layout.mesh_axes("batch"), layout.mesh_axes("length")
         self.tensor_axes = tuple(dict.fromkeys(a for name in ("act_heads", "act_mlp") for a in layout.mesh_axes(name)))
         self.stage_axes = layout.mesh_axes("layers")
         self.expert_axes = layout.mesh_axes("experts")
+        self.batch, self.context, self.tensor, self.stage = (
+            self.parts(axes) for axes in (self.batch_axes, self.length_axes, self.tensor_axes, self.stage_axes)
+        )
         # Where positions of the residual stream lie on the tensor axes too, its arrays are cut like all others.
         residual = layout.mesh_axes("residual_length") if "residual_length" in layout.rules else ()
         self.sequence_parallel = bool(set(residual) & set(self.tensor_axes))
@@ -96,22 +99,6 @@ class Shares:
         return math.prod(self.sizes.get(axis, 1) for axis in axes)
 
     @property
-    def batch(self) -> int:
-        return self.parts(self.batch_axes)
-
-    @property
-    def context(self) -> int:
-        return self.parts(self.length_axes)
-
-    @property
-    def tensor(self) -> int:
-        return self.parts(self.tensor_axes)
-
-    @property
-    def stage(self) -> int:
-        return self.parts(self.stage_axes)
-
-    @property
     def turns(self) -> int:
         """How often a stage runs its layers, those times among them in which a pipeline fills and drains."""
         return 1 if self.stage == 1 else self.ticks * self.repeats + self.stage - 1
@@ -141,6 +128,8 @@ class Shares:
                     found[math.prod(weight.shape[first:last])] = parts
         return found
 
-    def width_parts(self, sizes: Iterable[int]) -> int:
+    def width_parts(self, sizes: frozenset[int]) -> int:
         """Into how many parts an array, or a product, with these dimensions is cut by width."""
-        return max((self.cut_sizes.get(size, 1) for size in sizes), default=1)
+        if sizes not in self._width_parts:  # a search asks for the same ones a thousand times
+            self._width_parts[sizes] = max((self.cut_sizes.get(size, 1) for size in sizes), default=1)
+        return self._width_parts[sizes]

@@ -128,7 +128,7 @@ def evaluate(experiment: Experiment, target: Target) -> dict[Key, Plan]:
         except UserError:  # an axis of it does not divide
             continue
         for micro in candidates.micro_batches(experiment, at.shares):
-            for ticks in candidates.ticks(experiment, at.shares, micro):
+            for ticks in candidates.ticks(experiment, at.shares, micro, own):
                 passed = at if own is not None or stages == 1 else at.with_ticks(ticks)
                 for remat in candidates.REMAT:
                     made = with_micro_batches(with_mesh(changed(remat, ticks), shape), micro)

@@ -95,20 +95,21 @@ def test_sizes_of_stages_and_context():
     assert sizes(load("experiment.Experiment.sequence_length = 8192"), "context") == {1, 2, 4}
     odd = load("experiment.Experiment.sequence_length = 8190", "sharding.Mesh.balance = True")
     assert sizes(odd, "context") == {1}  # half of it is odd: head-tail order cannot be
-    one_f_one_b = load(overlays=("mesh/pipeline_1f1b",))
+    one_f_one_b = load("experiment.Experiment.sequence_length = 4096", overlays=("mesh/pipeline_1f1b",))
     assert sizes(one_f_one_b, "stage") == {2, 4}  # it has no step without stages
+    assert sizes(one_f_one_b, "context") == {1, 2}
 
 
 def test_a_pipeline_keeps_its_own_knobs():
     own = load("micro_batches = 2", overlays=("mesh/pipeline_repeats",))
     shares = planned.Placed.of(with_mesh(own, {"stage": 2, "data": 4}), 8).shares
-    assert candidates.own_ticks(own) == 2 and candidates.ticks(own, shares, 1) == [2]
+    assert candidates.own_ticks(own) == 2 and candidates.ticks(own, shares, 1, 2) == [2]
     made = with_pipeline(load(), 1)
     shares = planned.Placed.of(with_mesh(made, {"stage": 2, "data": 4}), 8).shares
-    assert candidates.ticks(load(), shares, 1) == [2]  # two rows on each of four devices
+    assert candidates.ticks(load(), shares, 1, None) == [2]  # two rows on each of four devices
     wide = load("experiment.Experiment.batch_size = 256")
-    assert candidates.ticks(wide, shares, 1) == [32, 16, 8]
-    assert candidates.ticks(wide, shares, 4) == [16, 8]
+    assert candidates.ticks(wide, shares, 1, None) == [32, 16, 8]
+    assert candidates.ticks(wide, shares, 4, None) == [16, 8]
 
 
 def test_what_a_step_refuses_is_not_ranked(monkeypatch):
