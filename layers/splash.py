@@ -27,10 +27,17 @@ def splash_attention(
     """Attention of a row on itself (Splash: FlashAttention-2, arXiv 2307.08691, with blocks that see nothing skipped);
     [B, T, H, V].
 
-    The compiler cannot cut a kernel, so each device runs it on its own rows and heads; T, a multiple of 128, must be
-    whole here. interpret: run the kernel's Python in place of a TPU, to test it.
+    The compiler cannot cut a kernel, so each device runs it on its own rows and heads; T must be whole here.
+    interpret: run the kernel's Python in place of a TPU, to test it.
+
+    Raises ValueError for T that is no multiple of 128.
     """
     T, H = q_BTHK.shape[1:3]
+    if T % LANES:
+        raise ValueError(
+            f"the flash kernel takes rows of a multiple of {LANES} tokens, not {T}: change sequence_length, or take "
+            "the attention 'blocked'"
+        )
     over = tuple(dict.fromkeys((*axes.mesh_axes("batch"), *axes.mesh_axes("act_heads"))))
     heads = H // axes.shards("act_heads")
     if causal:

@@ -26,3 +26,8 @@ def test_a_row_that_is_not_there_is_no_success(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "run", lambda experiment, folder, wanted, done: [])
     with pytest.raises(UserError, match="mesh/nonsense"):
         check.check(None, tmp_path, rows="mesh/nonsense")
+
+
+def test_a_kernel_that_refuses_the_twins_rows_is_left_out_with_its_sentence(tmp_path):
+    (row,) = check.run(config.load("families/transformer"), tmp_path, ("kernels/attention=splash",))
+    assert row.verdict == "left out" and "a multiple of 128 tokens, not 32" in row.note
