@@ -38,7 +38,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "tpu_compiler": ["libtpu"],  # `--job plan --topology v5e:4x4` on a machine without a TPU
+        "libtpu": ["libtpu"],  # `--job plan --topology v5e:4x4` on a machine without a TPU
         "eval": ["lm-eval>=0.4.9"],
         "data": DATA,
         "parity": ["torch==2.13.0", "transformers>=5.23,<5.24", "tiktoken>=0.8", "vector-quantize-pytorch==1.32.0"],
